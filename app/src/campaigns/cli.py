@@ -1,0 +1,242 @@
+"""The command `campaigns`.
+
+Exit codes: 0 done, 1 refused (the input or the campaign's state does not allow it), 2 wrong usage,
+3 not possible now (a setting is missing or Redis failed).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+import redis
+
+from campaigns import messages, recipients, settings
+from campaigns.messages import MessageError, Template
+from campaigns.recipients import RecipientsError
+from campaigns.store import Campaign, Ledger, UnknownCampaign, ledger
+
+SHOWN_PROBLEMS = 20
+SHOWN = ("id", "name", "sender", "subject", "state", "send_at", "started_at", "finished_at", "waiting_for")
+SHOWN_STATES = ("failed", "ambiguous")
+
+
+class Refusal(click.ClickException):
+    """Exit code 1."""
+
+
+class NotNow(click.ClickException):
+    """Exit code 3."""
+
+    exit_code = 3
+
+
+class _Group(click.Group):
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except settings.SettingsError as error:
+            raise NotNow(str(error)) from error
+        except redis.RedisError as error:
+            raise NotNow(f"Redis, which holds the campaigns, failed: {error}") from error
+        except UnknownCampaign as error:
+            raise Refusal(f"no campaign {error}: `campaigns list` shows them all") from error
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """Create e-mail campaigns and see what became of them."""
+
+
+@main.command()
+@click.option("--name", required=True, help="What you call it; the campaign's id begins with it.")
+@click.option(
+    "--sender", required=True, metavar="ADDRESS", help="'Name <name@example.com>' or the bare address."
+)
+@click.option(
+    "--recipients",
+    "list_file",
+    type=click.File("rb"),
+    help="CSV with a header and a column email; - is stdin.",
+)
+@click.option("--template", "packaged", metavar="NAME", help="A template of the package, such as welcome.")
+@click.option(
+    "--template-dir",
+    "folder",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="A folder with subject.txt, body.txt and, if wanted, body.html.",
+)
+@click.option(
+    "--bundle", type=click.File("rb"), help="A tar of recipients.csv and the template's files; - is stdin."
+)
+@click.option(
+    "--at", metavar="TIME", help="When to send: ISO 8601 with a zone, 2030-05-01T09:00+02:00. Default: now."
+)
+def create(
+    name: str,
+    sender: str,
+    list_file: Any,
+    packaged: str | None,
+    folder: Path | None,
+    bundle: Any,
+    at: str | None,
+) -> None:
+    """Create a campaign and print its id.
+
+    Give --recipients with either --template or --template-dir, or all of it as one --bundle. The columns
+    of the list are the variables of the template. Nothing is written unless every mail can be rendered.
+    """
+    if bundle and (list_file or packaged or folder):
+        raise click.UsageError("--bundle holds the recipients and the template: leave the other options out")
+    if not bundle and (not list_file or bool(packaged) == bool(folder)):
+        raise click.UsageError("give --recipients and one of --template and --template-dir, or give --bundle")
+    send_at = _send_at(at)
+    if not name.isprintable() or not 0 < len(name.strip()) <= 100:
+        raise Refusal("the name must be 1 to 100 printable characters")
+    try:
+        messages.sender(sender)
+        if bundle:
+            template, data = messages.from_bundle(bundle.read())
+        else:
+            template = messages.packaged(packaged) if packaged else messages.from_folder(folder or Path())
+            data = list_file.read()
+        people = recipients.parse(data)
+        messages.check(template, people[0].fields)
+    except MessageError as error:
+        raise Refusal(str(error)) from error
+    except RecipientsError as error:
+        _refuse_list(error)
+    _render_all(template, people)
+
+    campaign_id = ledger().create(name.strip(), sender, template, people, settings.batch_size(), send_at)
+    when = send_at.isoformat() if send_at else "now"
+    click.echo(f"{len(people)} recipients, to be sent {when}", err=True)
+    click.echo(campaign_id)
+
+
+@main.command("list")
+@click.option("--json", "as_json", is_flag=True, help="For machines.")
+def list_campaigns(as_json: bool) -> None:
+    """List all campaigns, the newest first."""
+    book = ledger()
+    reports = [_report(book, book.campaign(campaign_id)) for campaign_id in book.ids()]
+    if as_json:
+        click.echo(json.dumps(reports, indent=2, ensure_ascii=False))
+        return
+    rows = [["ID", "STATE", "SEND AT", "RECIPIENTS", "SENT", "FAILED", "AMBIGUOUS"]]
+    for report in reports:
+        counts = report["counts"]
+        state = "waiting" if report["waiting_for"] else report["state"]
+        figures = [report["size"], counts["sent"], counts["failed"], counts["ambiguous"]]
+        rows.append([report["id"], state, report["send_at"][:19] + "Z", *map(str, figures)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        words = [cell.ljust(width) for cell, width in zip(row[:3], widths[:3], strict=True)]
+        numbers = [cell.rjust(width) for cell, width in zip(row[3:], widths[3:], strict=True)]
+        click.echo("  ".join(words + numbers))
+
+
+@main.command()
+@click.argument("campaign_id")
+@click.option("--json", "as_json", is_flag=True, help="For machines.")
+@click.option(
+    "--limit", default=20, show_default=True, type=click.IntRange(0), help="How many to list per state."
+)
+def show(campaign_id: str, as_json: bool, limit: int) -> None:
+    """Show a campaign's counts, and the recipients that failed or whose mail's fate is unknown."""
+    book = ledger()
+    report = _report(book, book.campaign(campaign_id))
+    for state in SHOWN_STATES:
+        report[state] = [asdict(record) for record in book.records(campaign_id, state, limit)]
+    if as_json:
+        click.echo(json.dumps(report, indent=2, ensure_ascii=False))
+        return
+    for key in SHOWN:
+        if report[key]:
+            click.echo(f"{key.replace('_', ' ') + ':':<13} {report[key]}")
+    click.echo(f"{'recipients:':<13} {report['size']}")
+    for state, count in report["counts"].items():
+        if count:
+            click.echo(f"  {state + ':':<11} {count}")
+    for state in SHOWN_STATES:
+        for record in report[state]:
+            click.echo(f"{state}: {record['email']} ({record['reply']})")
+        more = report["counts"][state] - len(report[state])
+        if more:
+            click.echo(f"{state}: {more} more, see --limit")
+
+
+@main.command()
+@click.argument("campaign_id")
+def cancel(campaign_id: str) -> None:
+    """Stop a campaign: what has not been sent never is."""
+    book = ledger()
+    before = book.cancel(campaign_id)
+    if before == "finished":
+        raise Refusal(f"{campaign_id} is finished, there is nothing to cancel")
+    counts = book.counts(campaign_id)
+    click.echo(f"{campaign_id} is cancelled: {counts['cancelled']} not sent, {counts['sent']} sent before")
+
+
+def _send_at(at: str | None) -> datetime | None:
+    if at is None:
+        return None
+    try:
+        moment = datetime.fromisoformat(at)
+    except ValueError as error:
+        raise Refusal(f"--at {at}: not ISO 8601, give for example 2030-05-01T09:00+02:00") from error
+    if moment.tzinfo is None:
+        raise Refusal(f"--at {at}: add the zone, for example 2030-05-01T09:00Z or 2030-05-01T09:00+02:00")
+    now = datetime.now(UTC)
+    if moment < now:
+        raise Refusal(f"--at {at} is in the past, it is {now:%Y-%m-%dT%H:%MZ}: leave --at out to send now")
+    return moment.astimezone(UTC)
+
+
+def _render_all(template: Template, people: list[recipients.Recipient]) -> None:
+    """Render every mail once: a template that fails for one recipient is known before any mail is sent."""
+    for person in people:
+        try:
+            messages.render(template, person.fields)
+        except MessageError as error:
+            raise Refusal(f"the mail of line {person.line}: {error}") from error
+
+
+def _refuse_list(error: RecipientsError) -> NoReturn:
+    lines = [
+        "the recipient list cannot be used:",
+        *(f"  {problem}" for problem in error.problems[:SHOWN_PROBLEMS]),
+    ]
+    if len(error.problems) > SHOWN_PROBLEMS:
+        lines.append(f"  and {len(error.problems) - SHOWN_PROBLEMS} more problems")
+    raise Refusal("\n".join(lines)) from error
+
+
+def _report(book: Ledger, campaign: Campaign) -> dict[str, Any]:
+    def iso(moment: datetime | None) -> str | None:
+        return moment.isoformat() if moment else None
+
+    return {
+        "id": campaign.id,
+        "name": campaign.name,
+        "sender": campaign.sender,
+        "subject": campaign.template.subject.strip(),
+        "state": campaign.state,
+        "created_at": iso(campaign.created_at),
+        "send_at": iso(campaign.send_at),
+        "started_at": iso(campaign.started_at),
+        "finished_at": iso(campaign.finished_at),
+        "waiting_for": campaign.waiting_for,
+        "size": campaign.size,
+        "batch_size": campaign.batch_size,
+        "counts": book.counts(campaign.id),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

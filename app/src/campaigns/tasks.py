@@ -1,0 +1,147 @@
+"""The tasks. Each may be lost, repeated or run twice at a time: the ledger decides what is done."""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from celery.signals import worker_shutting_down
+from celery.utils.log import get_task_logger
+
+from campaigns import messages, settings
+from campaigns.celery import app
+from campaigns.messages import MessageError
+from campaigns.smtp import Dropped, InDoubt, Mailer, Refused, Unreachable
+from campaigns.store import MOST_ATTEMPTS, Campaign, Claim, Ledger, ledger
+
+LONGEST_RETRY_SECONDS = 3600
+# The lease of a mail on its way, as a multiple of the longest wait for its reply.
+DATA_LEASE = 1.5
+
+log = get_task_logger(__name__)
+_stopping = threading.Event()
+
+
+@worker_shutting_down.connect
+def _stop(**_: Any) -> None:
+    """A pool of threads finishes the mails on their way, not their batches: those go on after the restart."""
+    _stopping.set()
+
+
+@app.task
+def check_scheduled_campaigns() -> dict[str, int]:
+    """Start what is due, recover what a lost worker or message left behind, enqueue what can be done now."""
+    book = ledger()
+    total: Counter[str] = Counter(campaigns=0, batches=0, returned=0, ambiguous=0, finalizing=0)
+    for campaign_id in book.due_ids():
+        book.start(campaign_id)
+        returned, ambiguous = book.expire_claims(campaign_id)
+        batches = book.take_batches(campaign_id, settings.requeue_seconds())
+        for batch in batches:
+            send_batch.delay(campaign_id, batch)
+        counts = book.counts(campaign_id)
+        finalizing = not open_count(counts)
+        if finalizing:
+            finalize_campaign.delay(campaign_id)
+        found = Counter(
+            campaigns=1,
+            batches=len(batches),
+            returned=returned,
+            ambiguous=ambiguous,
+            finalizing=int(finalizing),
+        )
+        total.update(found)
+        _log("check", campaign_id, {**found, **counts})
+    return dict(total)
+
+
+@app.task
+def send_batch(campaign_id: str, batch_no: int) -> dict[str, int]:
+    """Send what is due of a batch, over one connection. Returns the number of recipients by outcome."""
+    started = time.monotonic()
+    book = ledger()
+    campaign = book.campaign(campaign_id)
+    counts: Counter[str] = Counter(sent=0, retry=0, failed=0, ambiguous=0, skipped=0, waiting=0)
+    owner = uuid.uuid4().hex
+    with Mailer(settings.smtp()) as mailer:
+        try:
+            for number, columns in book.due(campaign, batch_no).items():
+                if _stopping.is_set():
+                    break
+                mailer.connect()
+                claim = book.claim(campaign_id, number, owner, settings.claim_seconds())
+                counts[_deliver(book, mailer, campaign, claim, columns) if claim else "skipped"] += 1
+        except Unreachable as error:
+            counts["waiting"] += 1
+            # Less than the time to the next check, so that this one tries again.
+            book.wait(campaign_id, settings.check_seconds() / 2, str(error))
+            log.warning("waiting campaign=%s reason=%s", campaign_id, error)
+    if campaign.waiting_for and not counts["waiting"] and counts["sent"] + counts["retry"] + counts["failed"]:
+        book.stop_waiting(campaign_id)
+    book.reschedule(campaign, batch_no)
+    _log("batch", campaign_id, {"batch": batch_no, **counts}, started)
+    return dict(counts)
+
+
+@app.task
+def finalize_campaign(campaign_id: str) -> dict[str, int]:
+    """Write the totals and the finishing time of a campaign that is done; a second run changes nothing."""
+    book = ledger()
+    first = book.finish(campaign_id)
+    counts = book.counts(campaign_id)
+    _log("finalize", campaign_id, {"finished": int(first), **counts})
+    return counts
+
+
+def open_count(counts: dict[str, int]) -> int:
+    """How many recipients may still change."""
+    return counts["pending"] + counts["sending"] + counts["data"]
+
+
+def _deliver(book: Ledger, mailer: Mailer, campaign: Campaign, claim: Claim, columns: dict[str, str]) -> str:
+    """Send one claimed recipient's mail, write the outcome and return its name. Raises Unreachable."""
+    settle = partial(book.settle, claim)
+    begin_data = partial(book.begin_data, claim, settings.reply_seconds() * DATA_LEASE)
+    try:
+        origin = messages.sender(campaign.sender)
+        content = messages.render(campaign.template, columns)
+        mail = messages.build(campaign.id, origin, content, columns)
+        reply = mailer.send(origin.addr_spec, columns["email"], mail, begin_data)
+    except Unreachable as error:
+        # Not the recipient's fault: the attempt does not count.
+        settle("pending", str(error), refund=True)
+        raise
+    except InDoubt as error:
+        settle("ambiguous", str(error))
+        return "ambiguous"
+    except (Refused, Dropped) as error:
+        if claim.attempt < MOST_ATTEMPTS and (isinstance(error, Dropped) or error.temporary):
+            settle("pending", str(error), delay=retry_delay(claim.attempt))
+            return "retry"
+        settle("failed", str(error))
+        return "failed"
+    except MessageError as error:
+        settle("failed", str(error))
+        return "failed"
+    if reply is None:
+        return "skipped"
+    if not settle("sent", reply):
+        log.warning("late campaign=%s recipient=%d: sent, but already given up", campaign.id, claim.number)
+    return "sent"
+
+
+def _log(event: str, campaign_id: str, values: Mapping[str, int], started: float | None = None) -> None:
+    """One line per task, counts only: no address at this level."""
+    pairs = " ".join(f"{key}={value}" for key, value in values.items())
+    took = f" seconds={time.monotonic() - started:.3f}" if started is not None else ""
+    log.info("%s campaign=%s %s%s", event, campaign_id, pairs, took)
+
+
+def retry_delay(attempt: int) -> int:
+    """Seconds to wait after the given attempt failed for now."""
+    return min(LONGEST_RETRY_SECONDS, settings.retry_seconds() << (attempt - 1))

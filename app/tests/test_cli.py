@@ -1,0 +1,222 @@
+"""The command, against a real Redis."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from conftest import DROP, MailServer, campaign_of, forget_settings, run_until_finished
+
+from campaigns import cli
+from campaigns.store import Ledger
+from campaigns.tasks import send_batch
+
+LIST = "email,name\nada@example.com,Ada\ngrace@example.com,Grace\n"
+WELCOME = ("--template", "welcome", "--recipients", "-")
+
+
+def run(*args: str, stdin: str | bytes = LIST) -> Result:
+    return CliRunner().invoke(cli.main, args, input=stdin)
+
+
+def create(*args: str, stdin: str | bytes = LIST) -> Result:
+    return run("create", "--name", "Spring", "--sender", "News <news@example.com>", *args, stdin=stdin)
+
+
+def refused(result: Result, *texts: str, code: int = 1) -> None:
+    assert result.exit_code == code, result.output
+    assert result.stdout == ""
+    for text in texts:
+        assert text in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_create_prints_the_id_alone_on_stdout(book: Ledger) -> None:
+    result = create(*WELCOME)
+    assert result.exit_code == 0, result.output
+    [campaign_id] = book.ids()
+    assert result.stdout == f"{campaign_id}\n"
+    assert result.stderr == "2 recipients, to be sent now\n"
+    campaign = book.campaign(campaign_id)
+    assert (campaign.name, campaign.sender) == ("Spring", "News <news@example.com>")
+    assert campaign.template.subject == "Welcome, {{ name }}\n"
+
+
+def test_create_reads_a_folder_and_a_file_and_a_time(book: Ledger, tmp_path: Path) -> None:
+    (tmp_path / "subject.txt").write_text("Hi {{ name }}")
+    (tmp_path / "body.txt").write_text("Hi")
+    (tmp_path / "list.csv").write_text(LIST)
+    at = "2100-05-01T09:00+02:00"
+    result = create("--template-dir", str(tmp_path), "--recipients", str(tmp_path / "list.csv"), "--at", at)
+    assert result.exit_code == 0, result.output
+    assert book.campaign(result.stdout.strip()).send_at.isoformat() == "2100-05-01T07:00:00+00:00"
+
+
+def test_create_reads_everything_from_one_bundle(book: Ledger) -> None:
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w:gz") as archive:
+        for name, text in {"subject.txt": "s", "body.txt": "{{ name }}", "recipients.csv": LIST}.items():
+            member = tarfile.TarInfo(f"./{name}")
+            member.size = len(text)
+            archive.addfile(member, io.BytesIO(text.encode()))
+    result = create("--bundle", "-", stdin=data.getvalue())
+    assert result.exit_code == 0, result.output
+    assert book.campaign(result.stdout.strip()).size == 2
+
+
+def test_a_bad_list_is_refused_with_lines_and_columns(book: Ledger) -> None:
+    refused(
+        create(*WELCOME, stdin="email,name\nada,Ada\ngrace@example.com\n"),
+        "the recipient list cannot be used:",
+        "line 2, column 1: 'ada' is not an e-mail address",
+        "line 3, column 2: 1 fields, but the header has 2",
+    )
+    assert book.ids() == []
+
+
+def test_of_very_many_problems_only_the_first_are_printed(book: Ledger) -> None:
+    result = create(*WELCOME, stdin="email,name\n" + "x,y\n" * 50)
+    refused(result, "line 21, column 1", "and 30 more problems")
+    assert "line 22" not in result.stderr
+
+
+def test_a_template_that_names_an_unknown_column_is_refused(book: Ledger) -> None:
+    refused(
+        create(*WELCOME, stdin="email,first_name\nada@example.com,Ada\n"),
+        "subject.txt, line 1: unknown column 'name', the list has: email, first_name",
+    )
+
+
+def test_a_template_that_fails_for_one_recipient_is_refused_with_the_line(
+    book: Ledger, tmp_path: Path
+) -> None:
+    (tmp_path / "subject.txt").write_text("s")
+    (tmp_path / "body.txt").write_text("{{ 6 // (name | int) }}")
+    result = create(
+        "--template-dir",
+        str(tmp_path),
+        "--recipients",
+        "-",
+        stdin="email,name\na@b.example,1\nc@b.example,0\n",
+    )
+    refused(result, "the mail of line 3: body.txt: ", "by zero")
+    assert book.ids() == []
+
+
+@pytest.mark.parametrize(
+    ("at", "text"),
+    [
+        ("2001-01-01T00:00Z", "is in the past"),
+        ("2100-01-01T00:00", "add the zone"),
+        ("2100-01-01", "add the zone"),
+        ("tomorrow", "not ISO 8601"),
+    ],
+)
+def test_a_time_that_is_past_or_unclear_is_refused(book: Ledger, at: str, text: str) -> None:
+    refused(create(*WELCOME, "--at", at), f"--at {at}", text)
+    assert book.ids() == []
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        (),
+        ("--recipients", "-"),
+        ("--template", "welcome"),
+        ("--recipients", "-", "--template", "welcome", "--template-dir", "."),
+        ("--bundle", "-", "--template", "welcome"),
+        ("--recipients", "/does/not/exist", "--template", "welcome"),
+    ],
+)
+def test_wrong_usage_has_its_own_exit_code(book: Ledger, args: tuple[str, ...]) -> None:
+    refused(create(*args), "Usage:", code=2)
+
+
+@pytest.mark.parametrize(("name", "sender"), [("", "a@example.com"), ("a\nb", "a@example.com"), ("a", "b")])
+def test_a_bad_name_or_sender_is_refused(book: Ledger, name: str, sender: str) -> None:
+    refused(run("create", "--name", name, "--sender", sender, *WELCOME), "Error: the ")
+
+
+def test_list_shows_the_newest_first(book: Ledger) -> None:
+    first, second = campaign_of(book, 3).id, campaign_of(book, 4).id
+    book.wait(second, 60, "no server")
+    lines = run("list").stdout.splitlines()
+    assert lines[0].split() == ["ID", "STATE", "SEND", "AT", "RECIPIENTS", "SENT", "FAILED", "AMBIGUOUS"]
+    assert lines[1].split()[:2] == [second, "waiting"]
+    assert lines[2].split()[:2] == [first, "sending"]
+    assert [report["id"] for report in json.loads(run("list", "--json").stdout)] == [second, first]
+
+
+def test_list_of_nothing(book: Ledger) -> None:
+    assert run("list").exit_code == 0
+    assert json.loads(run("list", "--json").stdout) == []
+
+
+def test_show_names_failures_and_doubts(book: Ledger, celery: Any, mail_server: MailServer) -> None:
+    mail_server.rcpt_replies["user0@example.com"].append("550 no such user")
+    mail_server.rcpt_replies["user1@example.com"].append("550 no such user")
+    mail_server.data_replies["user2@example.com"].append(DROP)
+    campaign = campaign_of(book, 5)
+    run_until_finished(celery, book, campaign.id)
+
+    text = run("show", campaign.id).stdout
+    assert "state:        finished" in text
+    assert "failed: user0@example.com (RCPT: 550 no such user)" in text
+    assert "ambiguous: user2@example.com (the connection broke after the mail was sent" in text
+    text = run("show", campaign.id, "--limit", "1").stdout
+    assert "user1" not in text
+    assert "failed: 1 more, see --limit" in text
+
+    report = json.loads(run("show", campaign.id, "--json").stdout)
+    assert report["counts"] == {
+        "pending": 0, "sending": 0, "data": 0, "sent": 2, "failed": 2, "ambiguous": 1, "cancelled": 0,
+    }  # fmt: skip
+    assert [record["email"] for record in report["failed"]] == ["user0@example.com", "user1@example.com"]
+    assert report["finished_at"].endswith("+00:00")
+
+
+def test_show_says_why_a_campaign_waits(book: Ledger, mail_server: MailServer) -> None:
+    mail_server.stop()
+    campaign = campaign_of(book, 1)
+    send_batch(campaign.id, 0)
+    assert "waiting for:  smtp://127.0.0.1" in run("show", campaign.id).stdout
+
+
+def test_cancel_says_what_it_stopped(book: Ledger, celery: Any, mail_server: MailServer) -> None:
+    campaign = campaign_of(book, 15)
+    send_batch(campaign.id, 0)
+    for _ in range(2):
+        result = run("cancel", campaign.id)
+        assert result.stdout == f"{campaign.id} is cancelled: 5 not sent, 10 sent before\n"
+    run_until_finished(celery, book, campaign.id)
+    assert len(mail_server.mails) == 10
+
+
+def test_a_finished_campaign_cannot_be_cancelled(book: Ledger, celery: Any, mail_server: MailServer) -> None:
+    campaign = campaign_of(book, 1)
+    run_until_finished(celery, book, campaign.id)
+    refused(run("cancel", campaign.id), "is finished")
+
+
+@pytest.mark.parametrize("command", ["show", "cancel"])
+def test_an_unknown_campaign_is_refused(book: Ledger, command: str) -> None:
+    refused(run(command, "nope"), "no campaign nope")
+
+
+def test_a_missing_setting_is_named(book: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CREDENTIALS_DIRECTORY")
+    forget_settings()
+    refused(create(*WELCOME), "redis_url", "CREDENTIALS_DIRECTORY", code=3)
+
+
+def test_a_redis_that_does_not_answer_is_named(book: Ledger, tmp_path: Path) -> None:
+    (tmp_path / "redis_url").write_text("redis://app:secret@127.0.0.1:1/0")
+    forget_settings()
+    result = run("list")
+    refused(result, "Redis, which holds the campaigns, failed: ", code=3)
+    assert "secret" not in result.stderr

@@ -1,0 +1,284 @@
+"""The states of a recipient, against a real Redis with the app's own ACL."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from conftest import SENDER, TEMPLATE, Redis, campaign_of, people, wait_until
+
+from campaigns import store
+from campaigns.store import Claim, Ledger, UnknownCampaign
+
+
+def counts(book: Ledger, campaign_id: str) -> dict[str, int]:
+    return {state: count for state, count in book.counts(campaign_id).items() if count}
+
+
+def claim(book: Ledger, campaign_id: str, number: int = 0, owner: str = "me", seconds: float = 60) -> Claim:
+    result = book.claim(campaign_id, number, owner, seconds)
+    assert result
+    return result
+
+
+def expire(book: Ledger, campaign_id: str) -> tuple[int, int]:
+    return wait_until(lambda: result if any(result := book.expire_claims(campaign_id)) else None)  # type: ignore[no-any-return]
+
+
+def test_a_campaign_is_read_as_it_was_written(book: Ledger) -> None:
+    at = datetime(2100, 1, 1, tzinfo=UTC)
+    campaign_id = book.create("Spring News!", SENDER, TEMPLATE, people(25), 10, at)
+    campaign = book.campaign(campaign_id)
+    assert campaign_id.startswith("spring-news-")
+    assert (campaign.name, campaign.template, campaign.send_at) == ("Spring News!", TEMPLATE, at)
+    assert (campaign.state, campaign.size, campaign.batch(2)) == ("scheduled", 25, range(20, 25))
+    assert counts(book, campaign_id) == {"pending": 25}
+    assert book.ids() == [campaign_id]
+    assert book.due_ids() == []
+
+
+def test_an_unfinished_upload_is_seen_by_nobody_and_goes_away(
+    book: Ledger, redis_server: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "CHUNK", 1)
+
+    class Broken(Exception): ...
+
+    class Interrupted(list[Any]):
+        def __getitem__(self, index: Any) -> Any:
+            if index == 2:
+                raise Broken
+            return super().__getitem__(index)
+
+    with pytest.raises(Broken):
+        book.create("x", SENDER, TEMPLATE, Interrupted(people(3)), 10)
+    assert book.ids() == book.due_ids() == []
+    left = redis_server.admin.keys("app:*")
+    assert len(left) == 4
+    assert all(0 < redis_server.admin.ttl(key) <= store.UPLOAD_SECONDS for key in left)
+
+
+def test_nothing_of_a_campaign_expires(book: Ledger, redis_server: Redis) -> None:
+    campaign_of(book, 3)
+    assert {redis_server.admin.ttl(key) for key in redis_server.admin.keys("app:*")} == {-1}
+
+
+def test_a_scheduled_campaign_hands_out_nothing_before_its_time(book: Ledger) -> None:
+    at = datetime.now(UTC) + timedelta(hours=1)
+    campaign_id = book.create("x", SENDER, TEMPLATE, people(1), 10, at)
+    assert book.take_batches(campaign_id, 60) == []
+    assert book.due(book.campaign(campaign_id), 0) == {}
+    assert book.claim(campaign_id, 0, "me", 60) is None
+    assert book.finish(campaign_id) is False
+
+
+def test_of_many_claimants_exactly_one_gets_each_recipient(book: Ledger) -> None:
+    campaign = campaign_of(book, 50)
+    won: list[Claim] = []
+
+    def run(owner: str) -> None:
+        won.extend(c for number in range(50) if (c := book.claim(campaign.id, number, owner, 60)))
+
+    threads = [threading.Thread(target=run, args=(f"owner{n}",)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(c.number for c in won) == list(range(50))
+    assert counts(book, campaign.id) == {"sending": 50}
+
+
+def test_a_batch_is_handed_out_once_per_lease(book: Ledger) -> None:
+    campaign = campaign_of(book, 25)
+    assert book.take_batches(campaign.id, 60) == [0, 1, 2]
+    assert book.take_batches(campaign.id, 60) == []
+
+
+def test_a_batch_that_nobody_finished_is_handed_out_again(book: Ledger) -> None:
+    campaign = campaign_of(book, 5)
+    assert book.take_batches(campaign.id, 0) == [0]
+    assert wait_until(lambda: book.take_batches(campaign.id, 60)) == [0]
+
+
+def test_a_finished_batch_is_handed_out_never_again(book: Ledger) -> None:
+    campaign = campaign_of(book, 2)
+    book.take_batches(campaign.id, 0)
+    for number in range(2):
+        book.settle(claim(book, campaign.id, number), "sent", "250")
+    book.reschedule(campaign, 0)
+    assert book.take_batches(campaign.id, 0) == []
+
+
+def test_a_batch_is_due_again_with_its_first_retry(book: Ledger) -> None:
+    campaign = campaign_of(book, 2)
+    book.take_batches(campaign.id, 60)
+    book.settle(claim(book, campaign.id, 0), "pending", "451", delay=0.1)
+    book.settle(claim(book, campaign.id, 1), "pending", "451", delay=60)
+    book.reschedule(campaign, 0)
+    assert book.take_batches(campaign.id, 60) == []
+    assert wait_until(lambda: book.take_batches(campaign.id, 60)) == [0]
+
+
+def test_a_retry_survives_a_worker_lost_before_it_rescheduled(book: Ledger) -> None:
+    campaign = campaign_of(book, 1)
+    book.take_batches(campaign.id, 60)
+    held = claim(book, campaign.id)
+    book.reschedule(campaign, 0)  # by another run, which finds nothing pending
+    book.settle(held, "pending", "451", delay=0)
+    assert book.take_batches(campaign.id, 60) == [0]
+
+
+def test_a_waiting_campaign_hands_out_nothing_until_the_time_is_over(book: Ledger) -> None:
+    campaign = campaign_of(book, 1)
+    book.wait(campaign.id, 0.2, "no server")
+    assert book.take_batches(campaign.id, 60) == []
+    assert book.due(campaign, 0) == {}
+    assert book.campaign(campaign.id).waiting_for == "no server"
+    assert wait_until(lambda: book.take_batches(campaign.id, 60)) == [0]
+    book.stop_waiting(campaign.id)
+    assert book.campaign(campaign.id).waiting_for is None
+
+
+def test_a_claim_that_expires_before_data_is_given_back(book: Ledger) -> None:
+    campaign = campaign_of(book, 1)
+    lost = claim(book, campaign.id, seconds=0)
+    assert expire(book, campaign.id) == (1, 0)
+    assert counts(book, campaign.id) == {"pending": 1}
+    assert book.begin_data(lost, 60) is False, "whoever lost a claim may not send"
+    assert book.settle(lost, "pending", "451", delay=60) is False
+    again = claim(book, campaign.id, owner="other")
+    assert again.attempt == 2
+    assert book.begin_data(lost, 60) is False
+    assert book.settle(lost, "sent", "250") is False
+    assert counts(book, campaign.id) == {"sending": 1}
+
+
+def test_a_claim_that_expires_after_data_is_ambiguous_and_held(book: Ledger) -> None:
+    campaign = campaign_of(book, 1)
+    lost = claim(book, campaign.id)
+    assert book.begin_data(lost, 0)
+    assert expire(book, campaign.id) == (0, 1)
+    assert book.claim(campaign.id, 0, "other", 60) is None
+    assert book.take_batches(campaign.id, 60) == [0]
+    assert book.due(campaign, 0) == {}
+    [record] = book.records(campaign.id, "ambiguous", 10)
+    assert (record.email, record.reply) == ("user0@example.com", "the worker was lost after DATA")
+
+
+@pytest.mark.parametrize(("state", "reply"), [("sent", "250"), ("failed", "554")])
+def test_a_late_answer_ends_the_doubt(book: Ledger, state: str, reply: str) -> None:
+    campaign = campaign_of(book, 1)
+    slow = claim(book, campaign.id)
+    book.begin_data(slow, 0)
+    expire(book, campaign.id)
+    assert book.settle(slow, state, reply)
+    assert counts(book, campaign.id) == {state: 1}
+
+
+def test_a_recipient_that_kills_every_worker_fails_in_the_end(
+    book: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "MOST_ATTEMPTS", 2)
+    campaign = campaign_of(book, 1)
+    for _ in range(2):
+        claim(book, campaign.id, seconds=0)
+        expire(book, campaign.id)
+    [record] = book.records(campaign.id, "failed", 10)
+    assert record.reply == "the worker was lost in each of 2 attempts"
+
+
+def test_a_repeated_call_changes_nothing_and_answers_the_same(book: Ledger) -> None:
+    campaign = campaign_of(book, 2)
+    first, again = claim(book, campaign.id), claim(book, campaign.id)
+    assert first == again
+    assert book.begin_data(first, 60) and book.begin_data(first, 60)
+    for _ in range(2):
+        assert book.settle(first, "pending", "451", delay=0, refund=True)
+    assert claim(book, campaign.id, owner="next").attempt == 1
+    second = claim(book, campaign.id, 1)
+    for _ in range(2):
+        assert book.settle(second, "sent", "250")
+    assert book.claim(campaign.id, 1, "me", 60) is None
+    assert counts(book, campaign.id) == {"sending": 1, "sent": 1}
+
+
+def test_a_recipient_cannot_be_claimed_before_its_next_attempt_is_due(book: Ledger) -> None:
+    campaign = campaign_of(book, 1)
+    book.settle(claim(book, campaign.id), "pending", "451", delay=60)
+    assert book.due(campaign, 0) == {}
+    assert book.claim(campaign.id, 0, "other", 60) is None
+
+
+@pytest.mark.parametrize("state", ["sent", "failed", "ambiguous"])
+def test_a_settled_recipient_cannot_be_claimed(book: Ledger, state: str) -> None:
+    campaign = campaign_of(book, 1)
+    book.settle(claim(book, campaign.id), state, "x")
+    assert book.claim(campaign.id, 0, "other", 60) is None
+
+
+def test_cancel_stops_all_that_is_not_on_its_way(book: Ledger) -> None:
+    campaign = campaign_of(book, 5)
+    sent, leaving, claimed, returned = (claim(book, campaign.id, number) for number in range(4))
+    book.settle(sent, "sent", "250")
+    book.begin_data(leaving, 60)
+    assert book.cancel(campaign.id) == "sending"
+    assert book.cancel(campaign.id) == "cancelled"
+    assert book.begin_data(claimed, 60) is False
+    book.settle(returned, "pending", "451")
+    assert book.claim(campaign.id, 4, "me", 60) is None
+    assert book.take_batches(campaign.id, 60) == []
+    assert book.finish(campaign.id) is False, "one mail is still on its way"
+    book.settle(leaving, "sent", "250")
+    assert counts(book, campaign.id) == {"sent": 2, "cancelled": 3}
+    assert book.finish(campaign.id) is True
+    closed = book.campaign(campaign.id)
+    assert closed.state == "cancelled" and closed.finished_at
+    assert book.finish(campaign.id) is False
+    assert book.campaign(campaign.id) == closed
+
+
+def test_a_campaign_cancelled_before_its_time_is_closed_at_once(book: Ledger) -> None:
+    at = datetime.now(UTC) + timedelta(hours=1)
+    campaign_id = book.create("x", SENDER, TEMPLATE, people(1), 10, at)
+    assert book.cancel(campaign_id) == "scheduled"
+    assert book.due_ids() == [campaign_id]
+    book.start(campaign_id)
+    assert book.finish(campaign_id)
+    assert book.campaign(campaign_id).state == "cancelled"
+
+
+def test_finish_writes_totals_once_and_nothing_changes_them(book: Ledger, redis_server: Redis) -> None:
+    campaign = campaign_of(book, 2)
+    late, sent = claim(book, campaign.id, 0), claim(book, campaign.id, 1)
+    book.begin_data(late, 0)
+    book.settle(sent, "sent", "250")
+    assert book.finish(campaign.id) is False
+    expire(book, campaign.id)
+    assert book.finish(campaign.id) is True
+    row = redis_server.admin.hgetall(f"app:campaigns:{campaign.id}")
+    assert (row["total_sent"], row["total_ambiguous"], row["total_failed"]) == ("1", "1", "0")
+    assert book.finish(campaign.id) is False
+    assert book.settle(late, "sent", "250") is False
+    assert book.cancel(campaign.id) == "finished"
+    book.wait(campaign.id, 60, "too late")
+    assert redis_server.admin.hgetall(f"app:campaigns:{campaign.id}") == row
+    assert book.due_ids() == []
+
+
+@pytest.mark.parametrize("ask", [Ledger.campaign, Ledger.cancel])
+def test_an_unknown_campaign_is_an_error(book: Ledger, ask: Callable[[Ledger, str], Any]) -> None:
+    with pytest.raises(UnknownCampaign, match="nope"):
+        ask(book, "nope")
+
+
+def test_ten_thousand_recipients_fit_and_a_batch_reads_only_its_own(
+    book: Ledger, redis_server: Redis
+) -> None:
+    campaign = campaign_of(book, 10_000, batch_size=100)
+    assert len(book.take_batches(campaign.id, 60)) == 100
+    assert list(book.due(campaign, 42)) == list(range(4200, 4300))
+    used = sum(redis_server.admin.memory_usage(key) for key in redis_server.admin.keys("app:*"))
+    assert used < 5 * 2**20

@@ -1,0 +1,22 @@
+"""Counts words. It names a broker of its own, which the deployment replaces, and reads a setting and a secret."""
+
+import os
+from pathlib import Path
+
+from celery import Celery
+
+queue = Celery("tally", broker="redis://localhost:1/7", backend="redis://localhost:1/7")
+queue.conf.beat_schedule = {"tick": {"task": "tally.tick", "schedule": 1.0}}
+
+
+@queue.task(name="tally.count")
+def count(text: str) -> int:
+    """The number of words in a text."""
+    return len(text.split())
+
+
+@queue.task(name="tally.tick")
+def tick() -> str:
+    """What the deployment handed over: the setting, and how long the secret is."""
+    secret = Path(os.environ["CREDENTIALS_DIRECTORY"], "tally_key").read_text().strip()
+    return f"{os.environ['TALLY_GREETING']} {len(secret)}"

@@ -1,0 +1,245 @@
+"""What the tests know of the scenario they verify: its inventory, its credentials, and ways to reach its hosts."""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import json
+import os
+import socket
+import ssl
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pytest
+import testinfra
+import yaml
+from testinfra.host import Host
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+SCENARIO = os.environ["MOLECULE_SCENARIO_NAME"]
+# The scenario with another application has tests of its own instead of those of campaigns.
+collect_ignore = ["test_campaign.py"] if SCENARIO == "own-app" else []
+
+
+@dataclass
+class Answer:
+    """An HTTP answer: status, headers with lower-case names, body."""
+
+    status: int
+    headers: dict[str, str]
+    body: str
+
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+@dataclass
+class Stack:
+    """The hosts of one scenario, as the inventory describes them."""
+
+    directory: Path = REPOSITORY / "molecule" / SCENARIO
+    environment: dict[str, str] = field(
+        default_factory=lambda: {
+            **os.environ,
+            "ANSIBLE_CONFIG": str(REPOSITORY / "ansible.cfg"),
+            "ANSIBLE_VAULT_PASSWORD_FILE": str(REPOSITORY / "molecule/shared/vault-password"),
+            "ANSIBLE_FORCE_COLOR": "0",
+        }
+    )
+
+    @cached_property
+    def inventory_options(self) -> list[str]:
+        """What Molecule gave to ansible-playbook, from the scenario's settings or the shared ones."""
+        for path in (self.directory / "molecule.yml", REPOSITORY / ".config/molecule/config.yml"):
+            executor = yaml.safe_load(path.read_text()).get("ansible", {}).get("executor")
+            if executor:
+                known = {
+                    "MOLECULE_PROJECT_DIRECTORY": str(REPOSITORY),
+                    "MOLECULE_SCENARIO_NAME": SCENARIO,
+                    "MOLECULE_SCENARIO_DIRECTORY": str(self.directory),
+                }
+                words = executor["args"]["ansible_playbook"]
+                for name, value in known.items():
+                    words = [word.replace(f"${{{name}}}", value) for word in words]
+                return words
+        raise AssertionError("no inventory is named in molecule.yml")
+
+    @cached_property
+    def variables(self) -> dict[str, dict[str, Any]]:
+        """The variables of each host that tests ask for, templated."""
+        names = (
+            "private_address", "group_names", "worker_pools", "app_queues", "app_celery", "nginx_server_name",
+            "nginx_tls", "credentials_file", "container_name", "redis_listen_addresses", "flower_listen_address",
+            "nginx_development_port", "mail_listen_address", "ansible_port",
+        )  # fmt: skip
+        message = "{{ dict(['" + "', '".join(names) + "'] | zip([" + ", ".join(
+            f"{name} | default(none)" for name in names
+        ) + "])) }}"  # fmt: skip
+        done = subprocess.run(
+            ["ansible", *self.inventory_options, "all", "-m", "ansible.builtin.debug", "-a", f"msg={message}"],
+            env=self.environment | {"ANSIBLE_STDOUT_CALLBACK": "ansible.posix.json", "ANSIBLE_LOAD_CALLBACK_PLUGINS": "1"},
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        hosts = json.loads(done.stdout)["plays"][0]["tasks"][0]["hosts"]
+        return {name: result["msg"] for name, result in hosts.items()}
+
+    @cached_property
+    def secrets(self) -> dict[str, str]:
+        """Every generated credential that must never show: name → value."""
+        path = self.credentials_file
+        text = path.read_text()
+        if text.startswith("$ANSIBLE_VAULT"):
+            text = subprocess.run(
+                ["ansible-vault", "view", path],
+                env=self.environment,
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
+        values = yaml.safe_load(text)["credentials"]
+        public = ("flower_user", "ca_certificate", "nginx_certificate")
+        return {name: value for name, value in values.items() if name not in public} | {
+            "__user": values["flower_user"]
+        }
+
+    @property
+    def login(self) -> str:
+        return f"{self.secrets['__user']}:{self.secrets['flower_password']}"
+
+    @property
+    def credentials_file(self) -> Path:
+        return Path(next(iter(self.variables.values()))["credentials_file"])
+
+    def group(self, noun: str) -> list[str]:
+        """Names of the hosts of a group."""
+        return [name for name, values in self.variables.items() if noun in values["group_names"]]
+
+    def address(self, host: str) -> str:
+        return self.variables[host]["private_address"]
+
+    @cached_property
+    def _hosts(self) -> dict[str, Host]:
+        config = REPOSITORY / f".hothouse/ssh/hothouse-molecule-{SCENARIO}.yml"
+        return {
+            host.backend.host: host
+            for host in testinfra.get_hosts(["ansible://all"], ansible_inventory=str(config))
+        }
+
+    def host(self, name: str) -> Host:
+        """The testinfra host of this name."""
+        return self._hosts[name]
+
+    def first(self, noun: str) -> Host:
+        """The first host of a group."""
+        return self.host(self.group(noun)[0])
+
+    @cached_property
+    def workers(self) -> list[str]:
+        """Names under which the workers appear in Celery: pools x replicas x hosts."""
+        return [
+            f"{pool['name']}-{replica}@{host}"
+            for host in self.group("worker")
+            for pool in self.variables[host]["worker_pools"]
+            for replica in range(1, pool.get("replicas", 1) + 1)
+        ]
+
+    def units(self, host: str) -> list[str]:
+        """The units of ours on a host."""
+        groups = self.variables[host]["group_names"]
+        units = [
+            f"celery-worker@{name.split('@')[0]}.service"
+            for name in self.workers
+            if name.endswith(f"@{host}")
+        ]
+        for noun, unit in (("beat", "celery-beat"), ("flower", "celery-flower"), ("mail", "mail")):
+            units += [f"{unit}.service"] if noun in groups else []
+        return units
+
+    def playbook(
+        self, *words: str, check: bool = True, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Run ansible-playbook from the repository's root as a user would."""
+        done = subprocess.run(
+            ["ansible-playbook", *self.inventory_options, *words],
+            cwd=REPOSITORY, env=self.environment | environment, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert not check or done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+        return done
+
+    def redis(self, *command: str, user: str = "admin", password: str | None = None) -> str:
+        """What Redis answers to a user on its own host; the password goes through the environment of redis-cli."""
+        host = self.first("redis")
+        secret = password if password is not None else self.secrets[f"redis_{user}"]
+        words = " ".join(f"'{word}'" for word in command)
+        return host.run(
+            f"REDISCLI_AUTH={secret} redis-cli --no-auth-warning --user {user} {words}"
+        ).stdout.strip()
+
+    def request(
+        self, path: str, login: str | None = None, method: str = "GET", headers: dict[str, str] | None = None,
+        name: str | None = None, body: str | None = None,
+    ) -> Answer:  # fmt: skip
+        """What nginx answers over TLS, its certificate checked as a user would."""
+        nginx = self.group("nginx")[0]
+        name = name or self.variables[nginx]["nginx_server_name"]
+        context = ssl.create_default_context(cafile=str(self.ca_file))
+        connection = http.client.HTTPSConnection(name, 443, context=context, timeout=30)
+        address = self.address(nginx)
+        connection._create_connection = lambda *_, **__: socket.create_connection((address, 443), timeout=30)  # type: ignore[attr-defined]
+        return exchange(connection, path, login, method, headers or {}, body)
+
+    @property
+    def ca_file(self) -> Path:
+        if self.variables[self.group("nginx")[0]]["nginx_tls"] == "provided":
+            return self.credentials_file.parent / "provided.crt"
+        return self.credentials_file.parent / "ca.crt"
+
+    def ping(self, queue: str) -> str:
+        """Send a task through a queue with the application's own settings; the name of the host that ran it."""
+        done = self.first("app").run(f"hothouse-run python -m hothouse_celery ping {queue}")
+        assert done.rc == 0, done.stderr
+        return json.loads(done.stdout)[queue]
+
+
+def exchange(
+    connection: http.client.HTTPConnection, path: str, login: str | None, method: str, headers: dict[str, str],
+    body: str | None = None,
+) -> Answer:  # fmt: skip
+    """One request; the path goes out letter by letter."""
+    if login is not None:
+        headers = headers | {"Authorization": "Basic " + base64.b64encode(login.encode()).decode()}
+    connection.request(method, path, body=body, headers=headers)
+    response = connection.getresponse()
+    try:
+        return Answer(
+            response.status,
+            {key.lower(): value for key, value in response.getheaders()},
+            response.read().decode(),
+        )
+    finally:
+        connection.close()
+
+
+@pytest.fixture(scope="session")
+def stack() -> Stack:
+    return Stack()
+
+
+@pytest.fixture
+def wait() -> Iterator[Callable[..., Any]]:
+    """Wait for a condition: `wait(lambda: …, "what", seconds)` returns its first true value."""
+
+    def until(condition: Callable[[], Any], what: str, seconds: float = 60) -> Any:
+        deadline = time.monotonic() + seconds
+        while not (value := condition()):
+            assert time.monotonic() < deadline, f"{what} did not come true in {seconds:g} s"
+            time.sleep(0.5)
+        return value
+
+    yield until

@@ -1,0 +1,128 @@
+"""Every host, whatever it carries: healthy under systemd, its units up and fenced in, its doors as few as can be."""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+
+import pytest
+from conftest import Stack
+
+pytestmark = pytest.mark.usefixtures("stack")
+
+
+def listening(stack: Stack, host: str) -> set[tuple[str, int]]:
+    """Every TCP socket that listens: address and port."""
+    lines = stack.host(host).check_output("ss --no-header --listening --tcp --numeric").splitlines()
+    return {
+        (local.rpartition(":")[0], int(local.rpartition(":")[2]))
+        for local in (line.split()[3] for line in lines)
+    }
+
+
+def allowed(stack: Stack, host: str) -> set[tuple[str, int]]:
+    """Every TCP socket that may listen there, from the inventory."""
+    variables = stack.variables[host]
+    sockets = {("0.0.0.0", 22), ("[::]", 22)}
+    if "redis" in variables["group_names"]:
+        sockets |= {(address, 6379) for address in variables["redis_listen_addresses"]}
+    if "flower" in variables["group_names"]:
+        sockets |= {(variables["flower_listen_address"], 5555)}
+    if "nginx" in variables["group_names"]:
+        sockets |= {("0.0.0.0", 80), ("0.0.0.0", 443)}
+        if variables["nginx_development_port"]:
+            sockets |= {("0.0.0.0", int(variables["nginx_development_port"]))}
+    if "mail" in variables["group_names"]:
+        sockets |= {(variables["mail_listen_address"], 1025)}
+    return sockets
+
+
+def test_systemd_is_running_and_no_unit_has_failed(stack: Stack) -> None:
+    for name in stack.variables:
+        host = stack.host(name)
+        assert host.run("systemctl --failed --no-legend --plain").stdout == "", name
+        assert host.check_output("systemctl is-system-running --wait") == "running", name
+
+
+def test_every_unit_is_enabled_active_and_has_not_been_restarted(stack: Stack) -> None:
+    for name in stack.variables:
+        host = stack.host(name)
+        units = [*stack.units(name)]
+        units += ["redis-server.service"] * (name in stack.group("redis"))
+        units += ["nginx.service"] * (name in stack.group("nginx"))
+        assert units, name
+        for unit in units:
+            service = host.service(unit.removesuffix(".service"))
+            assert service.is_enabled, (name, unit)
+            assert service.is_running, (name, unit)
+            assert host.check_output(f"systemctl show --value -p NRestarts {unit}") == "0", (name, unit)
+
+
+def test_units_of_ours_are_hardened(stack: Stack) -> None:
+    for name in stack.variables:
+        for unit in stack.units(name):
+            line = stack.host(name).check_output(f"systemd-analyze security --no-pager {unit} | tail -n 1")
+            assert float(line.split(":")[1].split()[0]) <= 1.5, (name, unit, line)
+
+
+def test_the_stop_of_a_worker_gives_tasks_back(stack: Stack) -> None:
+    for worker in stack.workers:
+        unit, _, host = worker.partition("@")
+        shown = stack.host(host).check_output(
+            "systemctl show -p KillMode,Restart,TimeoutStopUSec,Type,Environment,User "
+            f"celery-worker@{unit}.service"
+        )  # fmt: skip
+        properties: dict[str, Any] = dict(line.split("=", 1) for line in shown.splitlines())
+        assert (properties["KillMode"], properties["Restart"], properties["Type"]) == (
+            "mixed",
+            "always",
+            "notify",
+        )
+        assert (properties["TimeoutStopUSec"], properties["User"]) == ("10min 30s", "hothouse")
+        assert "REMAP_SIGTERM=SIGQUIT" in properties["Environment"]
+
+
+def test_nothing_listens_but_what_the_inventory_asks_for(stack: Stack) -> None:
+    for name in stack.variables:
+        assert listening(stack, name) == allowed(stack, name), name
+
+
+def test_other_hosts_reach_only_what_is_meant_for_them(stack: Stack) -> None:
+    """Seen from the machine that runs the local hosts, which is another host on their network."""
+    for name in stack.variables:
+        meant = {port for address, port in allowed(stack, name) if not address.startswith("127.")}
+        for port in {22, 25, 80, 443, 1025, 5555, 5556, 6379}:
+            try:
+                socket.create_connection((stack.address(name), port), timeout=3).close()
+                reached = True
+            except OSError:
+                reached = False
+            assert reached == (port in meant), (name, port)
+
+
+def test_files_have_the_owner_and_mode_that_their_content_asks_for(stack: Stack) -> None:
+    for name in stack.variables:
+        host = stack.host(name)
+        credentials = host.run(
+            "find /etc/hothouse/credentials -printf '%y %m %u:%g %p\\n'"
+        ).stdout.splitlines()
+        if set(stack.variables[name]["group_names"]) & {"redis", "app", "flower"}:
+            assert len(credentials) > 1, name
+        for line in credentials:
+            kind, mode, owner, path = line.split()
+            assert (mode, owner) == ({"d": "700", "f": "600"}[kind], "root:root"), (name, path)
+        writable = host.run(
+            "find /etc/hothouse /opt/hothouse -not -type l \\( -perm /022 -o -not -user root \\)"
+        )
+        assert writable.stdout == "", name
+    assert stack.first("redis").file("/etc/redis/users.acl").mode == 0o640
+    assert stack.first("nginx").file("/etc/nginx/hothouse.key").mode == 0o600
+
+
+def test_the_whole_stack_on_one_host_fits_in_512_megabytes(stack: Stack) -> None:
+    """Proportional set sizes, so that what processes share counts once; only where one host carries everything."""
+    for name in stack.variables:
+        sizes = stack.host(name).check_output(
+            "cat /proc/[0-9]*/smaps_rollup 2>/dev/null | awk '/^Pss:/ {sum += $2} END {print sum}'"
+        )
+        assert int(sizes) < 512 * 1024, name

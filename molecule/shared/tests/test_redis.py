@@ -1,0 +1,102 @@
+"""Redis: no one without a password, everyone with the least rights, nothing evicted, everything written down."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+from conftest import Stack
+
+
+@pytest.fixture(autouse=True)
+def only_expected_refusals(stack: Stack) -> None:
+    """The refusals that a test provokes are its own: before each of them the log has to be empty."""
+    log = stack.redis("ACL", "LOG")
+    stack.redis("ACL", "LOG", "RESET")
+    assert log in ("", "(empty array)"), log
+
+
+def provoked(stack: Stack) -> int:
+    """How many refusals Redis counted; forgotten afterwards."""
+    count = stack.redis("ACL", "LOG").count("reason")
+    stack.redis("ACL", "LOG", "RESET")
+    return count
+
+
+def test_nobody_was_refused_a_command_since_the_hosts_came_up(stack: Stack) -> None:
+    """The fixture of this file asserts it, at its best before the other tests provoke refusals."""
+    assert stack.redis("PING") == "PONG"
+
+
+def test_redis_rejects_clients_without_a_password(stack: Stack) -> None:
+    host = stack.first("redis")
+    assert "NOAUTH" in host.run("redis-cli PING").stdout
+    assert "NOAUTH" in host.run("redis-cli -h 127.0.0.1 ACL LIST").stdout
+    assert "WRONGPASS" in stack.redis("PING", user="default", password="") + stack.redis(
+        "PING", user="default", password="x"
+    )
+    assert provoked(stack) >= 1
+
+
+@pytest.mark.parametrize(
+    ("user", "command"),
+    [
+        ("worker", ["CONFIG", "GET", "*"]),
+        ("worker", ["KEYS", "*"]),
+        ("worker", ["FLUSHALL"]),
+        ("worker", ["ACL", "LIST"]),
+        ("worker", ["GET", "app:x"]),
+        ("worker", ["GET", "redbeat::lock"]),
+        ("beat", ["BRPOP", "q:default", "1"]),
+        ("beat", ["GET", "r:x"]),
+        ("beat", ["GET", "app:x"]),
+        ("flower", ["LPUSH", "q:default", "x"]),
+        ("flower", ["BRPOP", "q:default", "1"]),
+        ("flower", ["HGET", "q:unacked", "x"]),
+        ("flower", ["GET", "app:x"]),
+        ("app", ["BRPOP", "q:default", "1"]),
+        ("app", ["HGET", "q:unacked", "x"]),
+        ("app", ["SET", "r:x", "1"]),
+        ("app", ["FLUSHDB"]),
+        ("app", ["KEYS", "*"]),
+        ("app", ["SCRIPT", "FLUSH"]),
+        ("app", ["DEBUG", "SLEEP", "0"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_each_user_is_refused_what_its_part_does_not_need(
+    stack: Stack, user: str, command: list[str]
+) -> None:
+    assert "NOPERM" in stack.redis(*command, user=user)
+    assert provoked(stack) == 1
+
+
+def test_an_old_password_or_anothers_is_refused(stack: Stack) -> None:
+    assert "WRONGPASS" in stack.redis("PING", user="worker", password=stack.secrets["redis_beat"])
+    assert provoked(stack) == 1
+
+
+def test_nothing_is_evicted_and_everything_is_appended(stack: Stack) -> None:
+    assert stack.redis("CONFIG", "GET", "maxmemory-policy").split() == ["maxmemory-policy", "noeviction"]
+    assert stack.redis("CONFIG", "GET", "appendonly").split() == ["appendonly", "yes"]
+    assert int(stack.redis("CONFIG", "GET", "maxmemory").split()[1]) > 0
+    assert "aof_last_write_status:ok" in stack.redis("INFO", "persistence")
+
+
+def test_passwords_are_on_the_host_as_hashes_only_where_redis_reads_them(stack: Stack) -> None:
+    text = stack.first("redis").file("/etc/redis/users.acl").content_string
+    assert text.startswith("user default off")
+    for name, secret in stack.secrets.items():
+        if name.startswith("redis_"):
+            assert secret not in text, name
+
+
+def test_the_protocol_port_answers_no_stranger_on_the_network(stack: Stack) -> None:
+    name = stack.group("redis")[0]
+    if stack.variables[name]["redis_listen_addresses"] == ["127.0.0.1"]:
+        with pytest.raises(OSError):
+            socket.create_connection((stack.address(name), 6379), timeout=3)
+        return
+    with socket.create_connection((stack.address(name), 6379), timeout=3) as connection:
+        connection.sendall(b"PING\r\n")
+        assert connection.recv(100).startswith(b"-NOAUTH")

@@ -1,0 +1,98 @@
+"""No secret of the credentials file is anywhere but where it belongs."""
+
+from __future__ import annotations
+
+import stat
+import subprocess
+from pathlib import Path
+
+from conftest import Stack
+
+
+def spellings(stack: Stack) -> list[str]:
+    """What a leak would show: each secret, of a key its middle lines."""
+    found = []
+    for value in stack.secrets.values():
+        lines = [line for line in value.splitlines() if line and not line.startswith("-----")]
+        found += [max(lines, key=len)]
+    assert len(found) >= 8 and all(len(text) > 8 for text in found)
+    return found
+
+
+def grep(stack: Stack, host: str, command: str) -> str:
+    """Names of what holds a secret; the secrets go to grep through standard input of the remote shell."""
+    patterns = "\n".join(spellings(stack))
+    done = stack.host(host).run(
+        f"cat > /run/patterns <<'END'\n{patterns}\nEND\nchmod 600 /run/patterns; {command}"
+    )
+    stack.host(host).run("rm /run/patterns")
+    return done.stdout
+
+
+def test_no_secret_is_in_an_environment_or_a_command_line(stack: Stack) -> None:
+    # Not the processes of the search itself: a shell whose command line holds the patterns.
+    for name in stack.variables:
+        hits = grep(
+            stack, name,
+            "for p in /proc/[0-9]*; do c=$(tr '\\0' ' ' < $p/cmdline 2>/dev/null); case \"$c\" in *run/patterns*) continue;; esac; "
+            "grep -aFqf /run/patterns $p/environ 2>/dev/null && echo environ: $c; "
+            "printf %s \"$c\" | grep -aFqf /run/patterns && echo cmdline: $p; done; true",
+        )  # fmt: skip
+        assert hits == "", name
+
+
+def test_no_secret_is_in_the_journal(stack: Stack) -> None:
+    for name in stack.variables:
+        assert (
+            grep(stack, name, "journalctl --no-pager -o export | grep -aFf /run/patterns | cut -c1-60") == ""
+        ), name
+
+
+def test_no_secret_is_in_what_systemd_shows(stack: Stack) -> None:
+    for name in stack.variables:
+        assert grep(stack, name, "systemctl show '*' --all | grep -aFf /run/patterns | cut -c1-60") == "", (
+            name
+        )
+
+
+def test_no_secret_is_in_a_file_that_others_may_read(stack: Stack) -> None:
+    for name in stack.variables:
+        hits = grep(
+            stack, name,
+            "find /etc /home /opt /root /run /srv /tmp /usr/local /var -xdev -type f -perm -004 -size -8M -print0 | xargs -0 grep -alFf /run/patterns; true",
+        )  # fmt: skip
+        assert hits == "", name
+
+
+def test_ansible_prints_no_secret_however_verbose(stack: Stack) -> None:
+    """A run that writes every secret again, with -vvv and --diff; and it heals what was removed."""
+    for name in stack.variables:
+        stack.host(name).run("rm -f /etc/hothouse/credentials/* /etc/redis/users.acl /etc/nginx/hothouse.key")
+    done = stack.playbook("-vvv", "--diff", "site.yml")
+    for text in spellings(stack):
+        assert text not in done.stdout + done.stderr
+    assert "[hidden]" in done.stdout
+    again = stack.playbook("--check", "--diff", "site.yml")
+    assert "changed=0" in again.stdout
+    recap = again.stdout.partition("PLAY RECAP")[2]
+    assert all("changed=0" in line for line in recap.splitlines() if "ok=" in line), recap
+    for text in spellings(stack):
+        assert text not in again.stdout + again.stderr
+
+
+def test_the_credentials_file_is_for_its_owner_only_and_encrypted_with_a_vault_password(stack: Stack) -> None:
+    path = stack.credentials_file
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert path.read_text().startswith("$ANSIBLE_VAULT;1.1;AES256")
+
+
+def test_git_ignores_what_is_generated(stack: Stack) -> None:
+    root = Path(__file__).resolve().parents[3]
+    for name in (
+        "inventories/local/group_vars/all/credentials.yml",
+        "inventories/prod/ca.crt",
+        ".hothouse/ssh/id_ed25519",
+    ):
+        assert subprocess.run(["git", "-C", root, "check-ignore", "-q", name], check=False).returncode == 0, (
+            name
+        )

@@ -1,0 +1,314 @@
+"""Checks of the whole inventory on the controller, before anything on a host is touched."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from ansible.errors import AnsibleActionFail, AnsibleError
+from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
+from ansible.plugins.action import ActionBase
+
+# Packages that the deployment itself needs in the application's lock file, and what for.
+NEEDED_PACKAGES = {
+    "celery": "the application is a Celery application",
+    "redis": "Redis is the broker (install `celery[redis]`)",
+    "celery-redbeat": "beat keeps its schedule and its lock in Redis",
+}
+
+
+class Problems(list[str]):
+    """What is wrong, each with where it is set and how to mend it."""
+
+    def add(self, what: str, where: str, mend: str) -> None:
+        text = f"{what}\n    where: {where}\n    mend:  {mend}"
+        if text not in self:
+            self.append(text)
+
+
+def check_groups(
+    problems: Problems, groups: dict[str, list[str]], nouns: set[str], needed: list[str]
+) -> None:
+    """Every needed group has hosts, every host has a group that means something, Redis is one host."""
+    for group in needed:
+        if not groups.get(group):
+            problems.add(
+                f"the group `{group}` has no host, and the stack does not work without one",
+                "hosts.yml of the inventory",
+                f"name at least one host under `{group}:`",
+            )
+    for host in groups.get("all", []):
+        if not any(host in groups.get(noun, []) for noun in nouns):
+            problems.add(
+                f"the host `{host}` is in no group of the stack, so nothing would be installed on it",
+                "hosts.yml of the inventory",
+                f"put it into one of {', '.join(sorted(nouns))}, or remove it",
+            )
+    if len(groups.get("redis", [])) > 1:
+        problems.add(
+            f"the group `redis` has {len(groups['redis'])} hosts; Redis runs on exactly one",
+            "hosts.yml of the inventory",
+            "leave one host under `redis:`",
+        )
+
+
+def check_names(
+    problems: Problems, host: str, names: list[str], specs: dict[str, dict[str, Any]], where: dict[str, str]
+) -> None:
+    """No variable that begins like a role's is unknown to that role: a misspelled one would pass in silence."""
+    for name in names:
+        role = name.partition("_")[0]
+        if role in specs and "_" in name and name not in specs[role]:
+            near = difflib.get_close_matches(name, specs[role], n=1)
+            problems.add(
+                f"`{name}` is no variable of the role `{role}`",
+                where.get(name, f"variables of the host `{host}`"),
+                (f"did you mean `{near[0]}`? " if near else "")
+                + f"All of them are in roles/{role}/README.md",
+            )
+
+
+def check_pools(problems: Problems, host: str, pools: list[dict[str, Any]], where: str) -> None:
+    """Pools have names of their own that fit a unit's name."""
+    names = [str(pool.get("name")) for pool in pools]
+    for name in names:
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+            problems.add(
+                f"the worker pool name `{name}` is no name for a unit",
+                where,
+                "use lower-case letters, digits and _, beginning with a letter",
+            )
+        if names.count(name) > 1:
+            problems.add(f"two worker pools of `{host}` are called `{name}`", where, "rename one of them")
+
+
+def check_queues(
+    problems: Problems, published: list[str], consumed: dict[str, list[str]], where: dict[str, str]
+) -> None:
+    """Every queue that is published to is consumed by a pool, and the other way round.
+
+    consumed: queue → pools that name it.
+    """
+    for queue in published:
+        if queue not in consumed:
+            problems.add(
+                f"tasks are routed to the queue `{queue}`, but no worker pool consumes it: they would wait for ever",
+                where.get("app_task_routes", "app_task_routes, app_default_queue or app_extra_queues"),
+                f"add `{queue}` to the queues of a pool in worker_pools ({where.get('worker_pools', 'group_vars')})",
+            )
+    for queue, pools in consumed.items():
+        if queue not in published:
+            problems.add(
+                f"the worker pool `{pools[0]}` consumes the queue `{queue}`, to which nobody publishes",
+                where.get("worker_pools", "worker_pools"),
+                "correct its name, route a task to it in app_task_routes, or, where the application's code names it, "
+                "list it in app_extra_queues",
+            )
+
+
+def check_times(problems: Problems, values: dict[str, Any], where: dict[str, str]) -> None:
+    """The limits, in seconds, leave each other the room that losing no task needs."""
+    limits = [values["app_time_limit_seconds"]]
+    limits += [pool["time_limit"] for pool in values["worker_pools"] if pool.get("time_limit")]
+    longest = max(limits)
+    if values["app_visibility_timeout_seconds"] <= longest:
+        problems.add(
+            f"app_visibility_timeout_seconds ({values['app_visibility_timeout_seconds']}) is not above the longest "
+            f"time limit of a task ({longest}): a task that still runs would be given to a second worker",
+            where.get("app_visibility_timeout_seconds", "the default of the role app"),
+            f"set it to at least {longest + 60}, or lower the time limit",
+        )
+    least = max(values["app_soft_shutdown_seconds"] + 15, longest + 1)
+    if values["worker_stop_timeout_seconds"] < least:
+        problems.add(
+            f"worker_stop_timeout_seconds ({values['worker_stop_timeout_seconds']}) is below {least}: systemd would "
+            "kill a worker that is still handing its tasks back",
+            where.get("worker_stop_timeout_seconds", "the default of the role worker"),
+            f"set it to at least {least} (soft shutdown + 15, and above the longest time limit)",
+        )
+
+
+def check_source(problems: Problems, source: str, where: str) -> None:
+    """The application's folder can be built into a release."""
+    folder = Path(source)
+    for name in ("pyproject.toml", "uv.lock"):
+        if not (folder / name).is_file():
+            problems.add(
+                f"the application's folder {source} has no {name}",
+                where,
+                "run `uv lock` in it and commit the file"
+                if name == "uv.lock"
+                else "point app_source at a Python project",
+            )
+    if problems:
+        return
+    locked = {package["name"] for package in tomllib.loads((folder / "uv.lock").read_text())["package"]}
+    for package, reason in NEEDED_PACKAGES.items():
+        if package not in locked:
+            problems.add(
+                f"the application does not depend on `{package}`: {reason}",
+                f"pyproject.toml and uv.lock in {source}",
+                f"run `uv add {'celery[redis]' if package == 'redis' else package}` there",
+            )
+
+
+def find_definitions(sources: list[str]) -> dict[str, str]:
+    """Where each top-level variable of an inventory stands: name → `file:line`, the last one found."""
+    where: dict[str, str] = {}
+    for source in sources:
+        root = Path(source)
+        folder = root if root.is_dir() else root.parent
+        for path in sorted([*folder.glob("*.yml"), *folder.glob("*_vars/**/*.yml")]):
+            if path.name == "credentials.yml":
+                continue
+            for number, line in enumerate(path.read_text().splitlines(), 1):
+                match = re.match(r"\s*([a-z][a-z0-9_]+):", line)
+                if match and (path.parent.name != folder.name or line.startswith(" ")):
+                    where[match[1]] = f"{path}:{number}"
+    return where
+
+
+def plain(value: Any) -> Any:
+    """The value with everything inside it templated now; Ansible templates containers when they are read."""
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    return value
+
+
+class Variables(Mapping[str, Any]):
+    """The variables of one host, each templated when it is read, as a task on that host would see it.
+
+    `hostvars[host]` alone does not do: what it returns knows no `hostvars` itself.
+    """
+
+    def __init__(self, raw: dict[str, Any], templar: Any) -> None:
+        self._raw, self._templar = raw, templar
+
+    def __getitem__(self, name: str) -> Any:
+        return plain(self._templar.template(self._raw[name]))
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._raw
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._raw)
+
+    def __len__(self) -> int:
+        return len(self._raw)
+
+
+class ActionModule(ActionBase):
+    """Fails with every problem it found at once; returns nothing else."""
+
+    _requires_connection = False
+    TRANSFERS_FILES = False
+
+    def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
+        super().run(tmp, task_vars)
+        task_vars = task_vars or {}
+        _, arguments = self.validate_argument_spec(
+            {"needed_groups": {"type": "list", "elements": "str", "required": True}}
+        )
+        groups, hostvars = task_vars["groups"], task_vars["hostvars"]
+        specs = self._specs(Path(task_vars["role_path"]).parent)
+        where = find_definitions(task_vars.get("ansible_inventory_sources") or [])
+        problems = Problems()
+
+        check_groups(problems, groups, set(specs) - {"prepare", "verify"}, arguments["needed_groups"])
+        for host in groups["all"]:
+            check_names(problems, host, list(hostvars.raw_get(host)), specs, where)
+        if not problems:
+            for host in groups["all"]:
+                self._check_options(problems, host, self._variables(hostvars, host), specs, where)
+        if not problems:
+            self._check_together(problems, groups, hostvars, where)
+        if problems:
+            raise AnsibleActionFail(
+                "The inventory is not ready; nothing was touched.\n\n"
+                + "\n\n".join(f"{number}. {text}" for number, text in enumerate(problems, 1))
+            )
+        return {"changed": False}
+
+    @staticmethod
+    def _specs(roles: Path) -> dict[str, dict[str, Any]]:
+        """The options of every role: role → name → option, from its meta/argument_specs.yml."""
+        specs = {}
+        for path in sorted(roles.glob("*/meta/argument_specs.yml")):
+            document = yaml.safe_load(path.read_text())
+            specs[path.parent.parent.name] = document["argument_specs"]["main"]["options"]
+        return specs
+
+    @staticmethod
+    def _check_options(
+        problems: Problems,
+        host: str,
+        variables: Variables,
+        specs: dict[str, dict[str, Any]],
+        where: dict[str, str],
+    ) -> None:
+        """The host's variables fit the specs of its roles; secrets are generated later and checked by the role."""
+        for role in {"prepare", "verify", *variables["group_names"]} & set(specs):
+            public = {name: option for name, option in specs[role].items() if not option.get("no_log")}
+            values = {}
+            for name in public:
+                if name not in variables:
+                    continue
+                try:
+                    values[name] = variables[name]
+                except AnsibleError as error:
+                    problems.add(
+                        f"`{name}` of the host `{host}` cannot be worked out: {error}",
+                        where.get(name, "group_vars"),
+                        "define what it refers to",
+                    )
+            result = ArgumentSpecValidator(public).validate(values)
+            for message in result.error_messages:
+                named = [name for name in public if name in message]
+                problems.add(
+                    f"{message} (role `{role}`, host `{host}`)",
+                    where.get(named[0], "group_vars") if named else "group_vars",
+                    f"see roles/{role}/README.md",
+                )
+
+    def _check_together(
+        self, problems: Problems, groups: dict[str, list[str]], hostvars: Any, where: dict[str, str]
+    ) -> None:
+        """What only shows when variables are held against each other."""
+        consumed: dict[str, list[str]] = {}
+        published: list[str] = []
+        for host in groups["worker"]:
+            variables = self._variables(hostvars, host)
+            pools = variables["worker_pools"]
+            check_pools(problems, host, pools, where.get("worker_pools", "worker_pools"))
+            for pool in pools:
+                for queue in pool["queues"]:
+                    consumed.setdefault(queue, []).append(pool["name"])
+            published += [queue for queue in variables["app_queues"] if queue not in published]
+            names = ("app_time_limit_seconds", "app_visibility_timeout_seconds", "app_soft_shutdown_seconds")
+            defaults = self._defaults("app") | self._defaults("worker")
+            values = {name: int(variables.get(name, defaults[name])) for name in names}
+            values["worker_stop_timeout_seconds"] = int(
+                variables.get("worker_stop_timeout_seconds", defaults["worker_stop_timeout_seconds"])
+            )
+            check_times(problems, values | {"worker_pools": pools}, where)
+        check_queues(problems, published, consumed, where)
+        check_source(
+            problems,
+            str(self._variables(hostvars, groups["app"][0])["app_source"]),
+            where.get("app_source", "app_source"),
+        )
+
+    def _variables(self, hostvars: Any, host: str) -> Variables:
+        raw = {**hostvars.raw_get(host), "hostvars": hostvars}
+        return Variables(raw, self._templar.copy_with_new_env(available_variables=raw))
+
+    def _defaults(self, role: str) -> dict[str, Any]:
+        path = Path(self._task._role._role_path).parent / role / "defaults/main.yml"
+        return yaml.safe_load(path.read_text())

@@ -1,0 +1,89 @@
+"""What the unit tests share: our own plugins, run by a real ansible-playbook on this machine."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+
+BUNDLE = Path(__file__).resolve().parents[2]
+
+
+def load_plugin(path: str) -> ModuleType:
+    """Imports a plugin of the bundle by its path below plugins/."""
+    spec = importlib.util.spec_from_file_location(
+        f"hothouse_{path.replace('/', '_')}", BUNDLE / "plugins" / f"{path}.py"
+    )
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@dataclass
+class Play:
+    """What a run of ansible-playbook said."""
+
+    code: int
+    output: str
+
+    @property
+    def results(self) -> list[dict[str, Any]]:
+        """The result of each task that was run, on the first host of each."""
+        document = json.loads(self.output[self.output.index("{\n") : self.output.rindex("}") + 1])
+        tasks = [task for play in document["plays"] for task in play["tasks"]]
+        return [next(iter(task["hosts"].values())) for task in tasks if task["hosts"]]
+
+
+@pytest.fixture
+def play(tmp_path: Path) -> Callable[..., Play]:
+    """Runs tasks on this machine, with nothing but the bundle's plugins configured."""
+    folder = tmp_path / "ansible"
+    folder.mkdir()
+    plugins = BUNDLE / "plugins"
+    (folder / "ansible.cfg").write_text(
+        f"[defaults]\nlibrary={plugins}/modules\naction_plugins={plugins}/action\n"
+        f"module_utils={plugins}/module_utils\nfilter_plugins={plugins}/filter\n"
+        "interpreter_python=/usr/bin/python3\n[connection]\npipelining=True\n"
+    )
+
+    def run(
+        tasks: list[dict[str, Any]], *arguments: str, hosts: int = 1, text: bool = False, **environment: str
+    ) -> Play:
+        """Runs the tasks; `text` asks for what a user sees instead of JSON."""
+        names = {
+            f"host{number}": {"ansible_connection": "local", "number": number} for number in range(hosts)
+        }
+        (folder / "hosts.yml").write_text(yaml.safe_dump({"all": {"hosts": names}}))
+        (folder / "play.yml").write_text(
+            yaml.safe_dump([{"hosts": "all", "gather_facts": False, "tasks": tasks}])
+        )
+        settings = {
+            "ANSIBLE_CONFIG": str(folder / "ansible.cfg"),
+            "ANSIBLE_HOME": str(folder / "home"),
+            "ANSIBLE_STDOUT_CALLBACK": "ansible.builtin.default" if text else "ansible.posix.json",
+        }
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("ANSIBLE_")}
+        done = subprocess.run(
+            [Path(sys.executable).with_name("ansible-playbook"), "-i", "hosts.yml", "play.yml", *arguments],
+            cwd=folder,
+            env=clean | settings | environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT if text else None,
+            text=True,
+        )
+        return Play(done.returncode, done.stdout)
+
+    return run

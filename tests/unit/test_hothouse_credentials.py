@@ -1,0 +1,366 @@
+"""hothouse_credentials: what is generated, what is kept, and that no value gets anywhere else."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ansible.errors import AnsibleActionFail
+from ansible.parsing.vault import VaultLib, VaultSecret
+from conftest import Play, load_plugin
+from cryptography import x509
+from cryptography.x509.oid import ExtendedKeyUsageOID
+
+plugin = load_plugin("action/hothouse_credentials")
+VAULT = VaultLib([("default", VaultSecret(b"orchid"))])
+NGINX = {"name": "nginx", "common_name": "localhost", "alt_names": ["localhost", "127.0.0.1"]}
+EVERYTHING = {
+    "passwords": ["redis_admin", "flower_password"],
+    "users": ["flower_user"],
+    "certificates": [NGINX],
+}
+Runner = Callable[..., Play]
+
+
+def task(path: Path, **options: Any) -> dict[str, Any]:
+    """A task that keeps the credentials file `path`."""
+    return {"hothouse_credentials": {"path": str(path), **options}, "register": "credentials_result"}
+
+
+def read(path: Path, vault: VaultLib | None = None) -> dict[str, str]:
+    """The credentials of a file."""
+    content = path.read_bytes()
+    return yaml.safe_load(vault.decrypt(content) if vault else content)["credentials"]
+
+
+def complete(text: str, options: dict[str, Any] | None = None) -> tuple[str, list[str]]:
+    """What becomes of a file's text when everything in `options` is wanted, and the names generated."""
+    defaults: dict[str, Any] = {"passwords": [], "users": [], "certificates": [], "ca_file": None}
+    document = plugin.Document(text, Path("credentials.yml"), VAULT)
+    generated = plugin.generate(document, defaults | (options or {}))
+    return document.text, generated
+
+
+def certificate(values: dict[str, str], name: str) -> x509.Certificate:
+    """One of the certificates among credentials."""
+    return x509.load_pem_x509_certificate(values[f"{name}_certificate"].encode())
+
+
+@pytest.fixture
+def password_file(tmp_path: Path) -> str:
+    """A vault password file."""
+    file = tmp_path / "vault-password"
+    file.write_text("orchid\n")
+    return str(file)
+
+
+def test_everything_is_generated_once_and_kept(play: Runner, tmp_path: Path) -> None:
+    path, ca_file = tmp_path / "env/group_vars/all/credentials.yml", tmp_path / "env/ca.crt"
+    tasks = [task(path, **EVERYTHING, ca_file=str(ca_file))]
+    old_umask = os.umask(0)
+    try:
+        first = play(tasks)
+    finally:
+        os.umask(old_umask)
+    assert first.results[0]["changed"]
+    assert first.results[0]["file"] == str(path)
+    assert sorted(first.results[0]["generated"]) == sorted(values := read(path))
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(ca_file.stat().st_mode) == 0o644
+    assert re.fullmatch(r"ops-[a-z0-9]{6}", values["flower_user"])
+    for name in EVERYTHING["passwords"]:
+        assert re.fullmatch(r"[A-Za-z0-9]{40}", values[name])
+    assert len(set(values.values())) == len(values)
+    assert ca_file.read_text() == values["ca_certificate"]
+    content = path.read_bytes()
+    second = play(tasks)
+    assert not second.results[0]["changed"]
+    assert second.results[0]["generated"] == []
+    assert path.read_bytes() == content
+    assert sorted(file.name for file in path.parent.iterdir()) == ["credentials.yml"]
+
+
+def test_the_server_certificate_is_one_that_browsers_accept() -> None:
+    values = yaml.safe_load(complete("", {"certificates": [NGINX]})[0])["credentials"]
+    authority, server = certificate(values, "ca"), certificate(values, "nginx")
+    server.verify_directly_issued_by(authority)
+    assert server.not_valid_after_utc - server.not_valid_before_utc <= timedelta(days=397)
+    assert authority.not_valid_after_utc - authority.not_valid_before_utc == timedelta(days=3650)
+    names = server.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert names.get_values_for_type(x509.DNSName) == ["localhost"]
+    assert [str(address) for address in names.get_values_for_type(x509.IPAddress)] == ["127.0.0.1"]
+    usage = server.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+    assert list(usage) == [ExtendedKeyUsageOID.SERVER_AUTH]
+    constraints = authority.extensions.get_extension_for_class(x509.BasicConstraints)
+    assert constraints.critical and constraints.value.ca and constraints.value.path_length == 0
+    assert not server.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+
+
+def test_no_value_is_shown_at_any_verbosity(play: Runner, tmp_path: Path) -> None:
+    path = tmp_path / "credentials.yml"
+    path.write_text('credentials:\n  smtp_password: "chosen-by-hand"\n')
+    run = play([task(path, **EVERYTHING)], "-vvv", "--diff", text=True)
+    assert run.code == 0
+    assert "generated: redis_admin" in run.output
+    values = read(path)
+    assert len(values) == 8
+    for value in values.values():
+        for line in value.splitlines():
+            assert line.startswith("-----") or line not in run.output
+
+
+def test_existing_values_comments_and_unknown_keys_survive() -> None:
+    vaulted = VAULT.encrypt("from-the-vault").decode().replace("\n", "\n      ").rstrip()
+    before = (
+        "---\n# ours\ncredentials:  # keep\n    redis_admin: mine  # by hand\n"
+        f"    smtp_password: !vault |\n      {vaulted}\n"
+        "    flower_user: \"{{ lookup('env', 'FLOWER_USER') }}\"\n"
+        "    empty: ''\n    none:\n    number: 0123\n    other: {a: [1, 2]}\n    # the end\n"
+        "\nanother_variable: 1\n"
+    )
+    wanted = ["redis_admin", "smtp_password", "empty", "none", "number", "other", "new"]
+    after, generated = complete(before, {"passwords": wanted, "users": ["flower_user"]})
+    assert generated == ["empty", "none", "new"]
+    old, new = before.splitlines(), after.splitlines()
+    changed = [line for line in new if line not in old]
+    assert [line.split(":")[0].strip() for line in changed] == ["empty", "none", "new"]
+    assert [line for line in old if line not in new] == ["    empty: ''", "    none:"]
+    assert plugin.Document(after, Path("x"), VAULT).get("smtp_password") == "from-the-vault"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "credentials:\n",
+        "credentials: {}\n",
+        "credentials: {a: 'b, c', d: [1]}  # note\n",
+        "credentials: {a: x,\n  d: y}",
+        "credentials:\n  a: b",
+        "credentials: ~\nmore: 1\n",
+        "credentials:\n  a: |\n    1\n    2\n\n\n",
+        "---\n# nothing yet\n",
+        "\n",
+        "",
+    ],
+)
+def test_every_way_to_write_the_variable_is_completed(text: str) -> None:
+    before = (yaml.safe_load(text) or {}).get("credentials") or {}
+    after, _ = complete(text, {"passwords": ["p1", "p2"], "certificates": [NGINX]})
+    values = yaml.safe_load(after)["credentials"]
+    assert {name: values[name] for name in before} == before
+    assert set(values) - set(before) == {
+        *("p1", "p2", "ca_key", "ca_certificate", "nginx_key", "nginx_certificate"),
+    }
+    assert (yaml.safe_load(after).get("more") is None) == ("more" not in text)
+    assert complete(after, {"passwords": ["p1", "p2"], "certificates": [NGINX]}) == (after, [])
+
+
+def test_a_vault_password_encrypts_new_and_existing_files(
+    play: Runner, tmp_path: Path, password_file: str
+) -> None:
+    new, plain = tmp_path / "new.yml", tmp_path / "plain.yml"
+    plain.write_text("credentials:\n  redis_admin: mine\n")
+    tasks = [
+        task(new, **EVERYTHING, require_vault=True),
+        {"ansible.builtin.include_vars": "{{ credentials_result.file }}", "no_log": True},
+        {"ansible.builtin.assert": {"that": "credentials.redis_admin | length == 40"}},
+        task(plain, passwords=["redis_admin"], require_vault=True),
+    ]
+    run = play(tasks, ANSIBLE_VAULT_PASSWORD_FILE=password_file)
+    assert run.code == 0
+    for file in (new, plain):
+        assert file.read_bytes().startswith(b"$ANSIBLE_VAULT;1.1;AES256\n")
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert [result.get("encrypted") for result in run.results] == [True, None, None, True]
+    assert len(read(new, VAULT)) == 7
+    assert read(plain, VAULT) == {"redis_admin": "mine"}
+    contents = new.read_bytes(), plain.read_bytes()
+    again = play(tasks, "--vault-password-file", password_file)
+    assert [result["changed"] for result in again.results] == [False] * 4
+    assert (new.read_bytes(), plain.read_bytes()) == contents
+    added = play([task(new, passwords=["added"])], "--vault-id", f"prod@{password_file}")
+    assert added.results[0]["generated"] == ["added"]
+    assert set(read(new, VAULT)) == {*read(new, VAULT), "added", "redis_admin"}
+
+
+def test_without_the_vault_password_nothing_is_touched(
+    play: Runner, tmp_path: Path, password_file: str
+) -> None:
+    encrypted, missing = tmp_path / "encrypted.yml", tmp_path / "deep/missing.yml"
+    encrypted.write_bytes(content := VAULT.encrypt("credentials: {a: b}"))
+    tasks = [
+        task(missing, **EVERYTHING, require_vault=True) | {"ignore_errors": True},
+        task(encrypted, passwords=["redis_admin"]) | {"ignore_errors": True},
+    ]
+    demanded, locked = (result["msg"] for result in play(tasks).results)
+    assert "demands encrypted credentials" in demanded
+    assert "credentials_require_vault" in demanded and "ANSIBLE_VAULT_PASSWORD_FILE" in demanded
+    assert "is encrypted and no vault password" in locked
+    assert not missing.parent.exists()
+    wrong = tmp_path / "wrong"
+    wrong.write_text("tulip\n")
+    run = play([task(encrypted, passwords=["redis_admin"])], ANSIBLE_VAULT_PASSWORD_FILE=str(wrong))
+    assert run.code != 0 and "cannot be decrypted" in run.results[0]["msg"]
+    assert encrypted.read_bytes() == content
+
+
+def test_check_mode_makes_values_available_and_writes_nothing(
+    play: Runner, tmp_path: Path, password_file: str
+) -> None:
+    path, ca_file = tmp_path / "env/credentials.yml", tmp_path / "env/ca.crt"
+    tasks = [
+        task(path, **EVERYTHING, ca_file=str(ca_file)),
+        {"ansible.builtin.include_vars": "{{ credentials_result.file }}", "no_log": True},
+        {"ansible.builtin.assert": {"that": "credentials.nginx_key is search('PRIVATE KEY')"}},
+    ]
+    for environment in ({}, {"ANSIBLE_VAULT_PASSWORD_FILE": password_file}):
+        run = play(tasks, "--check", "--diff", **environment)
+        assert run.code == 0
+        assert run.results[0]["changed"]
+        assert run.results[0]["encrypted"] == bool(environment)
+        assert not path.parent.exists()
+        throwaway = Path(run.results[0]["file"])
+        assert throwaway.is_relative_to(tmp_path / "ansible/home/tmp") and not throwaway.exists()
+    assert play(tasks).code == 0
+    converged = play(tasks, "--check")
+    assert not converged.results[0]["changed"]
+    assert converged.results[0]["file"] == str(path)
+
+
+@pytest.mark.parametrize("change", ["alt_names", "common_name", "authority", "expiry", "foreign key"])
+def test_a_certificate_that_no_longer_fits_is_issued_anew(
+    change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, _ = complete("", {"certificates": [NGINX]})
+    wanted = dict(NGINX)
+    expected = {"nginx_key", "nginx_certificate"}
+    if change == "alt_names":
+        wanted["alt_names"] = ["localhost", "127.0.0.1", "::1"]
+    elif change == "common_name":
+        wanted["common_name"] = "tasks.example.com"
+    elif change == "authority":
+        other = yaml.safe_load(complete("", {"certificates": [NGINX]})[0])["credentials"]
+        document = plugin.Document(text, Path("x"), VAULT)
+        document.set("ca_key", other["ca_key"])
+        document.set("ca_certificate", other["ca_certificate"])
+        text = document.text
+    elif change == "expiry":
+        later = plugin.datetime.now(plugin.UTC) + timedelta(days=397 - 29)
+        monkeypatch.setattr(plugin, "days_left", lambda cert: (cert.not_valid_after_utc - later).days)
+    else:
+        document = plugin.Document(text, Path("x"), VAULT)
+        document.set("nginx_key", document.get("ca_key"))
+        text = document.text
+    before = yaml.safe_load(text)["credentials"]
+    after, generated = complete(text, {"certificates": [wanted]})
+    assert set(generated) == expected
+    values = yaml.safe_load(after)["credentials"]
+    assert {name for name in values if values[name] != before[name]} == expected
+    certificate(values, "nginx").verify_directly_issued_by(certificate(values, "ca"))
+    monkeypatch.undo()
+    assert complete(after, {"certificates": [wanted]}) == (after, [])
+
+
+def test_a_reordered_list_of_names_issues_nothing() -> None:
+    text, _ = complete("", {"certificates": [NGINX]})
+    assert complete(text, {"certificates": [NGINX | {"alt_names": ["127.0.0.1", "localhost"]}]}) == (text, [])
+
+
+def test_the_authority_is_renewed_with_its_key_before_it_limits_a_certificate(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(plugin, "CA_DAYS", 420)
+    text, _ = complete("", {"certificates": [NGINX]})
+    monkeypatch.undo()
+    before = yaml.safe_load(text)["credentials"]
+    after, generated = complete(text, {"certificates": [NGINX]})
+    values = yaml.safe_load(after)["credentials"]
+    assert generated == ["ca_certificate"]
+    assert certificate(values, "ca").subject == certificate(before, "ca").subject
+    certificate(values, "nginx").verify_directly_issued_by(certificate(values, "ca"))
+    assert complete(after, {"certificates": [NGINX]}) == (after, [])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("credentials:\n  a: 'sesame\n  b: c\n", "not valid YAML at line"),
+        ("credentials:\n\ta: sesame\n", "not valid YAML at line 2, column 1"),
+        ("a: *sesame\n", "not valid YAML at line 1, column 4"),
+        ("- sesame\n", "must hold a dictionary named `credentials`"),
+        ("passwords: {a: sesame}\n", "must hold a dictionary named `credentials`"),
+        ("credentials: sesame\n", "must hold a dictionary named `credentials`"),
+        ("credentials: {ca_certificate: sesame}\n", "but not its `ca_key`"),
+        ("credentials: {ca_key: sesame}\n", "`ca_key` in credentials.yml is not a private key"),
+        ("credentials:\n  ca_key: !vault sesame\n", "`ca_key` in credentials.yml cannot be decrypted"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_named_and_not_quoted(text: str, message: str) -> None:
+    with pytest.raises(AnsibleActionFail) as failure:
+        complete(text, {"passwords": ["p"], "certificates": [NGINX]})
+    assert message in str(failure.value)
+    assert "sesame" not in str(failure.value)
+
+
+def test_a_broken_file_stays_as_it_is(play: Runner, tmp_path: Path) -> None:
+    broken, binary, folder = tmp_path / "broken.yml", tmp_path / "binary.yml", tmp_path / "folder.yml"
+    broken.write_text("credentials:\n  smtp: 'sesame-open\n")
+    binary.write_bytes(b"\xff\xfe")
+    folder.mkdir()
+    tasks = [task(file, **EVERYTHING) | {"ignore_errors": True} for file in (broken, binary, folder)]
+    run = play(tasks, "-vvv", text=True)
+    assert "not valid YAML at line" in run.output
+    assert "is not a text file in UTF-8" in run.output
+    assert "folder.yml: Is a directory." in run.output
+    assert "sesame-open" not in run.output
+    assert broken.read_text() == "credentials:\n  smtp: 'sesame-open\n"
+
+
+def test_a_file_that_others_can_read_is_closed(play: Runner, tmp_path: Path) -> None:
+    path = tmp_path / "credentials.yml"
+    path.write_text("credentials: {redis_admin: mine}\n")
+    path.chmod(0o644)
+    tasks = [task(path, passwords=["redis_admin"])]
+    assert play(tasks, "--check").results[0]["changed"]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
+    assert play(tasks).results[0]["changed"]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert not play(tasks).results[0]["changed"]
+    assert path.read_text() == "credentials: {redis_admin: mine}\n"
+
+
+def test_two_runs_at_once_generate_one_set(play: Runner, tmp_path: Path) -> None:
+    path = tmp_path / "credentials.yml"
+    names = [f"password{number}" for number in range(40)]
+    tasks = [task(path, passwords=names, certificates=[NGINX])]
+    with ThreadPoolExecutor(2) as pool:
+        runs = list(pool.map(lambda _: play(tasks, "--forks", "2", hosts=3), range(2)))
+    assert sorted(run.results[0]["changed"] for run in runs) == [False, True]
+    assert len(read(path)) == 44
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"passwords": ["a", "a"]}, "`a` is asked for more than once"),
+        ({"passwords": ["nginx_key"], "certificates": [NGINX]}, "`nginx_key` is asked for more than once"),
+        ({"passwords": ["Not-A-Name"]}, "`Not-A-Name` cannot name a credential"),
+        ({"certificates": [{"name": "ca", "alt_names": ["a"]}]}, "`ca_key` is asked for more than once"),
+        ({"certificates": [{"name": "x", "alt_names": []}]}, "`x` has no alt_names"),
+        ({"certificates": [{"name": "x", "alt_names": ["a b"]}]}, "`a b` in alt_names"),
+        ({"certificates": [{"name": "x", "alt_names": [".".join(["a" * 16] * 4)]}]}, "longer than 64"),
+    ],
+)
+def test_wishes_that_cannot_be_met_are_refused(options: dict[str, Any], message: str) -> None:
+    for wanted in options.get("certificates", []):
+        wanted.setdefault("common_name", None)
+    with pytest.raises(AnsibleActionFail, match=re.escape(message)):
+        plugin.assert_names({"passwords": [], "users": [], "certificates": []} | options)

@@ -1,0 +1,450 @@
+"""hothouse_release: a real project is built, installed offline, checked, put into service and tidied up."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ansible.errors import AnsibleActionFail
+from conftest import BUNDLE, Play, load_plugin
+
+plugin = load_plugin("action/hothouse_release")
+module = load_plugin("modules/hothouse_release")
+PYTHON = "/usr/bin/python3"
+GREETER = Path(__file__).parent / "data/greeter"
+FLOWER = BUNDLE / "roles/flower/files/flower"
+CHECK = ["{release}/bin/greeter"]
+BOOKWORM = {
+    "glibc": "2.36",
+    "implementation_name": "cpython",
+    "implementation_version": "3.11.2",
+    "os_name": "posix",
+    "platform_machine": "x86_64",
+    "platform_python_implementation": "CPython",
+    "platform_release": "6.1.0",
+    "platform_system": "Linux",
+    "platform_version": "#1 SMP",
+    "python_full_version": "3.11.2",
+    "python_version": "3.11",
+    "sys_platform": "linux",
+}
+TRIXIE_ON_ARM = BOOKWORM | {
+    "glibc": "2.41",
+    "implementation_version": "3.13.5",
+    "platform_machine": "aarch64",
+    "python_full_version": "3.13.5",
+    "python_version": "3.13",
+}
+Runner = Callable[..., Play]
+
+
+class Host:
+    """A folder that releases are installed into, the project they are made of, and the task that does it."""
+
+    def __init__(self, play: Runner, folder: Path, cache: Path) -> None:
+        self.play = play
+        self.path = folder / "opt"
+        self.cache = cache
+        self.source = folder / "greeter"
+        shutil.copytree(GREETER, self.source)
+
+    def task(self, **options: Any) -> dict[str, Any]:
+        """The task that installs the project."""
+        places = {"source": str(self.source), "path": str(self.path), "cache": str(self.cache)}
+        return {"hothouse_release": places | {"check": CHECK} | options}
+
+    def deploy(self, *arguments: str, **options: Any) -> dict[str, Any]:
+        """Runs the task and returns its result."""
+        return self.play([self.task(**options)], *arguments).results[0]
+
+    def edit(self, code: str) -> None:
+        """Appends code to the project."""
+        with (self.source / "src/greeter/__init__.py").open("a") as file:
+            file.write(code)
+
+    @property
+    def current(self) -> str:
+        """The release in service."""
+        return (self.path / "current").readlink().name
+
+    def greeting(self) -> str:
+        """What the release in service prints."""
+        return subprocess.run([self.path / "current/bin/greeter"], capture_output=True, text=True).stdout
+
+
+@dataclass
+class Built:
+    """A release's archive."""
+
+    release: str
+    archive: Path
+    sha256: str
+
+
+class Machine:
+    """The host's half of the plugin at work on a folder."""
+
+    def __init__(self, folder: Path, built: Built) -> None:
+        folder.mkdir()
+        self.releases = module.Releases(str(folder), PYTHON)
+        self.built = built
+
+    def installed(self) -> set[str]:
+        """The releases on the machine."""
+        return {folder.name for folder in self.releases.folder.iterdir()}
+
+    def apply(self, archive: bool = True, check_mode: bool = False, **options: Any) -> dict[str, Any]:
+        """Runs the module's work with an archive at hand, or without."""
+        wanted = {"id": self.built.release}
+        if archive:
+            wanted |= {"archive": str(self.built.archive), "sha256": self.built.sha256}
+        params = {"check": CHECK, "check_timeout": 60, "keep": 5, "release": wanted} | options
+        return module.apply(SimpleNamespace(params=params, check_mode=check_mode), self.releases)
+
+
+def build(source: Path, cache: Path) -> Built:
+    """Builds a project for this machine."""
+    project = plugin.Project.read(source)
+    release = project.release_id()
+    archive = cache / f"{release}.zip"
+    plugin.build(project, release, module.Releases(str(cache), PYTHON).describe_python(), archive)
+    return Built(release, archive, plugin.sha256(archive))
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The archives and the wheel of uv, shared by the tests."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def built(cache: Path) -> Built:
+    """The example project, built once."""
+    return build(GREETER, cache)
+
+
+@pytest.fixture(scope="session")
+def other(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """Another version of the example project, built once."""
+    source = shutil.copytree(GREETER, tmp_path_factory.mktemp("other") / "greeter")
+    (source / "src/greeter/other.py").touch()
+    return build(source, cache)
+
+
+@pytest.fixture
+def machine(tmp_path: Path, built: Built) -> Machine:
+    """A machine without any release."""
+    return Machine(tmp_path / "opt", built)
+
+
+@pytest.fixture
+def host(play: Runner, tmp_path: Path, cache: Path) -> Host:
+    """A host without any release."""
+    return Host(play, tmp_path, cache)
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A copy of the example project."""
+    return shutil.copytree(GREETER, tmp_path / "project")
+
+
+def release_id(source: Path) -> str:
+    """The ID that a project has now."""
+    return plugin.Project.read(source).release_id()
+
+
+def test_a_release_is_built_installed_offline_and_put_into_service(
+    play: Runner, tmp_path: Path, host: Host
+) -> None:
+    host.cache = tmp_path / "cache"
+    dry = host.deploy("--check")
+    assert dry["changed"] and dry["installed"] and dry["activated"]
+    assert not host.path.exists() and not host.cache.exists()
+
+    for killed in (host.path / ".install-killed", host.cache / ".build-killed"):
+        killed.mkdir(parents=True)
+    first = host.deploy("--diff")
+    assert first["changed"] and first["release"] == host.current == dry["release"] == release_id(GREETER)
+    assert first["previous"] == "" and first["removed"] == []
+    assert first["diff"]["after"] == f"releases/{host.current}\n"
+    assert host.greeting() == "&lt;hello&gt;\n"
+    release = host.path / "current"
+    record = json.loads((release / "release.json").read_text())
+    assert (record["id"], record["name"], record["checked"]) == (host.current, "greeter", CHECK)
+    assert [wheel.split("-")[0] for wheel in record["wheels"]] == ["greeter", "markupsafe"]
+    modules = list(release.glob("lib/python3*/site-packages/greeter/*"))
+    assert any(path.suffix == ".py" for path in modules)
+    assert list(release.glob("lib/python3*/site-packages/greeter/__pycache__/*.pyc"))
+    for path in [host.path / "releases", *(host.path / "releases").rglob("*")]:
+        assert path.is_symlink() or not path.stat().st_mode & 0o022, path
+    assert sorted(file.name for file in host.path.iterdir()) == [".lock", "current", "releases"]
+    assert not (release / "bin/uv").exists()
+    assert [file.name.split("-")[0] for file in sorted(host.cache.iterdir())] == [".lock", "greeter", "uv"]
+
+    assert not host.deploy("--check")["changed"]
+    again = play([host.task()], "-vvv", text=True)
+    assert "changed=0" in again.output
+    assert again.output.count("EXEC /bin/sh") == 1 and "building" not in again.output
+
+
+def test_a_changed_project_becomes_a_new_release_and_an_old_one_can_come_back(host: Host) -> None:
+    first = host.deploy()["release"]
+    host.edit("\n\ndef extra() -> None: ...\n")
+    second = host.deploy()
+    assert second["release"] == host.current != first
+    assert second["previous"] == (host.path / "previous").readlink().name == first
+    shutil.rmtree(host.source)
+    shutil.copytree(GREETER, host.source)
+    back = host.deploy(cache="/nonexistent/never/needed")
+    assert back["activated"] and not back["installed"]
+    assert (back["release"], back["previous"]) == (host.current, second["release"])
+
+
+def test_a_release_that_fails_its_check_is_not_put_into_service(
+    machine: Machine, project: Path, cache: Path
+) -> None:
+    running = machine.built.release
+    machine.apply()
+    with (project / "src/greeter/__init__.py").open("a") as file:
+        file.write("\nraise RuntimeError('no such broker setting')\n")
+    machine.built = build(project, cache)
+    assert machine.built.release != running
+    for attempt in ("first", "second, of a release that is installed by now"):
+        with pytest.raises(module.ReleaseError) as failure:
+            machine.apply()
+        message = str(failure.value)
+        assert f"The check of release {machine.built.release} failed with exit code 1" in message, attempt
+        assert f"the running release {running} was not touched" in message
+        assert f"{machine.releases.folder / machine.built.release}/bin/greeter" in message
+        assert "no such broker setting" in message
+        assert machine.releases.linked("current") == running
+    greeting = subprocess.run([machine.releases.path / "current/bin/greeter"], capture_output=True, text=True)
+    assert greeting.stdout == "&lt;hello&gt;\n"
+
+
+def test_a_check_that_hangs_or_does_not_exist_fails(machine: Machine) -> None:
+    with pytest.raises(
+        module.ReleaseError, match=r"took longer than 1 seconds.*no other release yet(?s:.*)waiting"
+    ):
+        machine.apply(check=["sh", "-c", "echo waiting; sleep 60"], check_timeout=1)
+    with pytest.raises(module.ReleaseError, match=r"could not be run \(No such file or directory\)"):
+        machine.apply(check=["{release}/bin/none"])
+    assert not machine.releases.linked("current")
+
+
+def test_another_check_is_made_of_the_release_in_service_too(machine: Machine) -> None:
+    machine.apply()
+    with pytest.raises(
+        module.ReleaseError, match=r"in service and stays so(?s:.*)No module named 'no_such_module'"
+    ):
+        machine.apply(check=["{release}/bin/python", "-c", "import no_such_module"])
+    passed = machine.apply(check=["{release}/bin/python", "-c", "import greeter"])
+    assert not passed["changed"] and machine.releases.linked("current") == machine.built.release
+
+
+def test_an_interrupted_installation_is_not_used(machine: Machine) -> None:
+    machine.apply()
+    release = machine.releases.folder / machine.built.release
+    (release / "release.json").unlink()
+    (machine.releases.folder / "0123456789abcdef/bin").mkdir(parents=True)
+    shutil.rmtree(next(release.glob("lib/python3*/site-packages/greeter")))
+    assert machine.apply(archive=False)["needed"]
+    healed = machine.apply()
+    assert healed["installed"] and healed["removed"] == ["0123456789abcdef"]
+    assert machine.installed() == {machine.built.release}
+    assert not machine.apply(archive=False)["changed"]
+
+
+def test_a_release_of_another_python_is_installed_again(machine: Machine) -> None:
+    machine.apply()
+    record = machine.releases.record(machine.built.release)
+    machine.releases.write_record(record | {"interpreter": "/usr/bin/python3.9"})
+    again = machine.apply()
+    assert again["installed"] and not again["activated"] and again["changed"]
+    assert not machine.apply()["changed"]
+
+
+def test_old_releases_are_removed_but_never_the_current_or_the_previous(
+    machine: Machine, other: Built
+) -> None:
+    machine.apply()
+    names = ["a" * 16, "b" * 16, "c" * 16]
+    for age, name in enumerate(names):
+        record = machine.releases.folder / name / "release.json"
+        record.parent.mkdir()
+        record.write_text("{}")
+        os.utime(record, (10**9 - age, 10**9 - age))
+    previous, machine.built = machine.built.release, other
+    os.utime(machine.releases.folder / previous / "release.json", (1, 1))
+    assert machine.apply(check_mode=True, keep=3)["removed"] == names[1:]
+    assert machine.apply(keep=3)["removed"] == names[1:]
+    assert machine.installed() == {other.release, previous, names[0]}
+    assert machine.apply(keep=0)["removed"] == names[:1]
+    assert machine.installed() == {other.release, previous}
+    assert not machine.apply(keep=1)["changed"]
+
+
+def test_an_archive_that_was_damaged_or_exchanged_is_refused(machine: Machine, tmp_path: Path) -> None:
+    changed = tmp_path / "changed.zip"
+    with zipfile.ZipFile(machine.built.archive) as good, zipfile.ZipFile(changed, "w") as bad:
+        for name in good.namelist():
+            content = good.read(name)
+            bad.writestr(
+                name, content.replace(b"1.0.0", b"1.0.1") if name.startswith("wheels/greeter") else content
+            )
+    machine.built = Built(machine.built.release, changed, machine.built.sha256)
+    with pytest.raises(module.ReleaseError, match="arrived damaged"):
+        machine.apply()
+    machine.built = Built(machine.built.release, changed, plugin.sha256(changed))
+    with pytest.raises(module.ReleaseError, match="Hash mismatch"):
+        machine.apply()
+    assert machine.apply(archive=False)["needed"] and not machine.releases.linked("current")
+
+
+def test_archives_of_old_releases_leave_the_cache(project: Path, tmp_path: Path) -> None:
+    names = [f"greeter-{number:016x}-{kind}.zip" for number in range(4) for kind in ("py3.11", "py3.13")]
+    for age, name in enumerate([*names, f"greeter-more-{'0' * 16}-py3.11.zip"]):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (10**9 - age, 10**9 - age))
+    plugin.prune(plugin.Project.read(project), tmp_path, keep=2)
+    left = sorted(file.name for file in tmp_path.glob("*.zip"))
+    assert left == sorted([*names[:4], f"greeter-more-{'0' * 16}-py3.11.zip"])
+
+
+def test_hosts_that_need_the_same_archive_build_it_once(play: Runner, tmp_path: Path, host: Host) -> None:
+    host.edit("\n# for two hosts\n")
+    tasks = [host.task(path=str(tmp_path / "host{{ number }}"))]
+    run = play(tasks, "--forks", "2", hosts=2, text=True)
+    assert run.code == 0
+    assert run.output.count("building greeter") == 1
+    for number in range(2):
+        assert (tmp_path / f"host{number}/current/bin/greeter").exists()
+
+
+def test_projects_that_are_not_settled_are_refused_with_a_way_out(play: Runner, tmp_path: Path) -> None:
+    def variant(name: str) -> Path:
+        return shutil.copytree(GREETER, tmp_path / name)
+
+    (variant("unlocked") / "uv.lock").unlink()
+    for name, old, new in [
+        ("outdated", "markupsafe>=3", "markupsafe>=3,!=3.0.1"),
+        ("broken", "[project]", "[project"),
+        ("nameless", 'name = "greeter"', ""),
+    ]:
+        settings = variant(name) / "pyproject.toml"
+        settings.write_text(settings.read_text().replace(old, new, 1))
+    (tmp_path / "empty").mkdir()
+    expected = {
+        "absent": ["does not exist", "`app_source`"],
+        "empty": ["has no pyproject.toml", "`app_source`"],
+        "unlocked": ["has no uv.lock", "`app_source`", "run `uv lock`"],
+        "outdated": ["does not match pyproject.toml", "run `uv lock`"],
+        "broken": ["pyproject.toml cannot be read"],
+        "nameless": ["has no `name`"],
+    }
+    options = {"path": str(tmp_path / "opt"), "cache": str(tmp_path / "cache")}
+    tasks = [
+        {"hothouse_release": options | {"source": str(tmp_path / name)}, "ignore_errors": True}
+        for name in expected
+    ]
+    for arguments in ([], ["--check"]):
+        results = play(tasks, *arguments).results
+        for (name, texts), result in zip(expected.items(), results, strict=True):
+            assert result["failed"], name
+            assert all(text in result["msg"] for text in [*texts, str(tmp_path / name)]), result["msg"]
+    assert not (tmp_path / "opt/releases").exists()
+
+
+@pytest.mark.parametrize(
+    ("dependency", "source", "message"),
+    [
+        ("library", '[tool.uv.sources]\nlibrary = {path = "../library"}', "comes from no package index"),
+        ("markupsafe>=3", "", "needs Python >=3.13, the host has 3.11.2"),
+    ],
+)
+def test_what_no_wheelhouse_can_carry_is_refused(
+    project: Path, dependency: str, source: str, message: str
+) -> None:
+    if source:
+        library = project.parent / "library"
+        library.mkdir()
+        (library / "pyproject.toml").write_text('[project]\nname = "library"\nversion = "1"\n')
+    settings = (project / "pyproject.toml").read_text().replace("markupsafe>=3", dependency)
+    (project / "pyproject.toml").write_text(f"{settings}\n{source}\n")
+    plugin.run([plugin.uv(), "lock", *plugin.interpreter(plugin.Project.read(project))], "", project)
+    if not source:
+        text = (project / "pyproject.toml").read_text().replace(">=3.11", ">=3.13")
+        (project / "pyproject.toml").write_text(text)
+    with pytest.raises(AnsibleActionFail) as failure:
+        plugin.locked_requirements(plugin.Project.read(project), BOOKWORM)
+    assert message in str(failure.value)
+
+
+def test_markers_are_evaluated_for_the_host_and_not_for_the_controller() -> None:
+    flower = plugin.Project.read(FLOWER)
+    names = [
+        {line.split("==")[0] for line in plugin.locked_requirements(flower, target)}
+        for target in (BOOKWORM, TRIXIE_ON_ARM)
+    ]
+    assert names[0] - names[1] == {"async-timeout"}, "redis needs it before Python 3.11.3"
+    assert {"flower", "celery", "redis", "hiredis"} <= names[1]
+
+
+def test_wheels_are_chosen_for_the_host(project: Path, tmp_path: Path) -> None:
+    greeter = plugin.Project.read(project)
+    chosen = []
+    for number, target in enumerate((BOOKWORM, TRIXIE_ON_ARM)):
+        wheels = tmp_path / str(number)
+        plugin.download(greeter, plugin.locked_requirements(greeter, target), target, wheels)
+        chosen += [wheel.name for wheel in wheels.iterdir()]
+    assert "-cp311-cp311-manylinux" in chosen[0] and chosen[0].endswith("x86_64.whl")
+    assert "-cp313-cp313-manylinux" in chosen[1] and chosen[1].endswith("aarch64.whl")
+
+
+def test_the_id_changes_with_what_is_built_and_with_nothing_else(project: Path) -> None:
+    before = release_id(project)
+    module = project / "src/greeter/__init__.py"
+    (project / "tests").mkdir()
+    (project / "tests/test_greeter.py").touch()
+    (project / ".env").touch()
+    (project / "src/greeter/__pycache__").mkdir()
+    (project / "src/greeter/__pycache__/x.pyc").touch()
+    (project / "src/greeter/loop").symlink_to(project / "src")
+    os.mkfifo(project / "src/greeter/fifo")
+    module.chmod(0o600)
+    os.utime(module, (1, 1))
+    assert release_id(project) == before
+    ids = {before}
+    module.chmod(0o755)
+    ids.add(release_id(project))
+    module.write_text(module.read_text() + "\n")
+    ids.add(release_id(project))
+    module.rename(module.with_name("other.py"))
+    ids.add(release_id(project))
+    (project / "src/greeter/.hidden").touch()
+    ids.add(release_id(project))
+    (project / "uv.lock").write_text((project / "uv.lock").read_text() + "\n")
+    ids.add(release_id(project))
+    assert len(ids) == 6
+
+
+def test_a_build_leaves_nothing_in_the_project(project: Path, cache: Path) -> None:
+    before = sorted(project.rglob("*"))
+    build(project, cache)
+    assert sorted(project.rglob("*")) == before
+
+
+def test_a_folder_in_the_place_of_the_link_is_named(machine: Machine) -> None:
+    (machine.releases.path / "current").mkdir()
+    with pytest.raises(module.ReleaseError, match="/current is not a symbolic link"):
+        machine.apply()

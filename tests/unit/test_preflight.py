@@ -1,0 +1,225 @@
+"""An inventory that is not ready ends in one message, what, where and how to mend it, before a host is contacted.
+
+Each test takes a copy of one of the shipped inventories, breaks one thing and runs the real playbook.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import BUNDLE
+
+ENVIRONMENT = {
+    **{name: value for name, value in os.environ.items() if not name.startswith("ANSIBLE_")},
+    "ANSIBLE_CONFIG": str(BUNDLE / "ansible.cfg"),
+    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+}
+
+
+class Inventory:
+    """A copy of inventories/NAME that a test may break."""
+
+    def __init__(self, folder: Path, name: str = "staging") -> None:
+        shutil.copytree(BUNDLE / "inventories", folder, ignore=shutil.ignore_patterns("credentials.yml", "ca.crt"),
+                        symlinks=True)  # fmt: skip
+        self.path = folder / name
+        self.set(app_source=str(BUNDLE / "molecule/own-app/project"))
+
+    def edit(self, file: str, **values: Any) -> None:
+        path = self.path / file
+        path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), **values}))
+
+    def set(self, **values: Any) -> None:
+        """Set variables in group_vars/all/main.yml."""
+        self.edit("group_vars/all/main.yml", **values)
+
+    def group(self, name: str, value: Any) -> None:
+        """Replace a group in hosts.yml."""
+        document = yaml.safe_load((self.path / "hosts.yml").read_text())
+        document["all"]["children"][name] = value
+        (self.path / "hosts.yml").write_text(yaml.safe_dump(document))
+
+    def check(self, *words: str, playbook: str = "playbooks/check.yml") -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["ansible-playbook", "-i", self.path, playbook, *words],
+            cwd=BUNDLE, env=ENVIRONMENT, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    def refusal(self, *words: str, playbook: str = "playbooks/check.yml") -> str:
+        """The message, in one line; the run has to fail before any host is contacted."""
+        done = self.check(*words, playbook=playbook)
+        assert done.returncode != 0, done.stdout
+        assert "unreachable=0" in done.stdout and "Read which distribution" not in done.stdout
+        return " ".join(done.stdout.split())
+
+
+@pytest.fixture
+def inventory(tmp_path: Path) -> Inventory:
+    return Inventory(tmp_path / "inventories")
+
+
+@pytest.mark.parametrize("name", ["local", "staging", "prod"])
+def test_the_shipped_inventories_are_ready(name: str) -> None:
+    done = subprocess.run(
+        ["ansible-playbook", "-i", BUNDLE / "inventories" / name, "playbooks/check.yml"],
+        cwd=BUNDLE, env=ENVIRONMENT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert "failed=0" in done.stdout
+
+
+def test_a_misspelled_variable_is_refused_and_the_right_one_named(inventory: Inventory) -> None:
+    inventory.set(redis_maxmemroy="1gb")
+    message = inventory.refusal()
+    assert "`redis_maxmemroy` is no variable of the role `redis`" in message
+    assert "main.yml:" in message and "did you mean `redis_maxmemory`?" in message
+
+
+def test_a_misspelled_key_of_a_pool_is_refused(inventory: Inventory) -> None:
+    inventory.set(worker_pools=[{"name": "default", "queues": ["default", "email_senders"], "concurency": 2}])
+    message = inventory.refusal()
+    assert "concurency" in message and "worker_pools" in message and "roles/worker/README.md" in message
+
+
+def test_a_value_of_the_wrong_type_is_refused(inventory: Inventory) -> None:
+    inventory.set(redis_appendfsync="sometimes")
+    assert "value of redis_appendfsync must be one of: always, everysec" in inventory.refusal()
+
+
+def test_a_host_in_no_group_is_refused(inventory: Inventory) -> None:
+    inventory.edit("hosts.yml")
+    document = yaml.safe_load((inventory.path / "hosts.yml").read_text())
+    document["all"]["hosts"]["stray1"] = {"ansible_host": "192.0.2.99"}
+    (inventory.path / "hosts.yml").write_text(yaml.safe_dump(document))
+    message = inventory.refusal()
+    assert "the host `stray1` is in no group of the stack" in message and "hosts.yml" in message
+
+
+@pytest.mark.parametrize("group", ["redis", "flower", "nginx"])
+def test_an_empty_group_that_the_stack_needs_is_refused(inventory: Inventory, group: str) -> None:
+    inventory.group(group, {})
+    assert f"the group `{group}` has no host" in inventory.refusal()
+
+
+def test_two_redis_hosts_are_refused(tmp_path: Path) -> None:
+    inventory = Inventory(tmp_path / "inventories", "prod")
+    inventory.group("redis", {"hosts": {"redis1": {}, "beat1": {}}})
+    assert "the group `redis` has 2 hosts" in inventory.refusal()
+
+
+def test_a_queue_that_no_pool_consumes_is_refused(inventory: Inventory) -> None:
+    inventory.set(app_task_routes={"some.task": {"queue": "reports"}})
+    message = inventory.refusal()
+    assert "routed to the queue `reports`, but no worker pool consumes it" in message
+    assert "add `reports` to the queues of a pool in worker_pools" in message
+
+
+def test_a_pool_of_a_queue_that_nobody_publishes_to_is_refused(inventory: Inventory) -> None:
+    inventory.set(app_task_routes={})
+    message = inventory.refusal()
+    assert "`email_senders` consumes the queue `email_senders`, to which nobody publishes" in message
+    assert "app_extra_queues" in message
+
+
+def test_a_queue_that_the_code_publishes_to_by_name_is_accepted(inventory: Inventory) -> None:
+    inventory.set(app_task_routes={}, app_extra_queues=["email_senders"])
+    assert inventory.check().returncode == 0
+
+
+@pytest.mark.parametrize("name", ["Default", "with-dash", "a b", ""])
+def test_a_pool_name_that_is_no_name_for_a_unit_is_refused(inventory: Inventory, name: str) -> None:
+    inventory.set(worker_pools=[{"name": name, "queues": ["default", "email_senders"]}])
+    assert "is no name for a unit" in inventory.refusal()
+
+
+def test_two_pools_of_one_name_are_refused(inventory: Inventory) -> None:
+    inventory.set(
+        worker_pools=[{"name": "x", "queues": ["default"]}, {"name": "x", "queues": ["email_senders"]}]
+    )
+    assert "are called `x`" in inventory.refusal()
+
+
+def test_a_visibility_timeout_below_the_longest_task_is_refused(inventory: Inventory) -> None:
+    inventory.set(app_visibility_timeout_seconds=300)
+    message = inventory.refusal()
+    assert (
+        "app_visibility_timeout_seconds (300) is not above the longest time limit of a task (600)" in message
+    )
+
+
+def test_a_stop_timeout_below_the_soft_shutdown_is_refused(inventory: Inventory) -> None:
+    inventory.set(worker_stop_timeout_seconds=60)
+    assert "worker_stop_timeout_seconds (60) is below 601" in inventory.refusal()
+
+
+def test_an_application_without_a_lock_file_is_refused(inventory: Inventory, tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    shutil.copytree(BUNDLE / "molecule/own-app/project", project)
+    (project / "uv.lock").unlink()
+    inventory.set(app_source=str(project))
+    message = inventory.refusal()
+    assert "has no uv.lock" in message and "run `uv lock` in it" in message and "main.yml:" in message
+
+
+def test_an_application_that_is_not_there_is_refused(inventory: Inventory) -> None:
+    inventory.set(app_source="/nonexistent")
+    assert "the application's folder /nonexistent has no pyproject.toml" in inventory.refusal()
+
+
+def test_an_application_without_redbeat_is_refused(inventory: Inventory, tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    shutil.copytree(BUNDLE / "molecule/own-app/project", project)
+    lock = (project / "uv.lock").read_text()
+    (project / "uv.lock").write_text(lock.replace('name = "celery-redbeat"', 'name = "celery-redbeet"'))
+    inventory.set(app_source=str(project))
+    message = inventory.refusal()
+    assert "does not depend on `celery-redbeat`" in message and "uv add celery-redbeat" in message
+
+
+def test_an_undefined_reference_names_the_variable(inventory: Inventory) -> None:
+    inventory.set(nginx_server_name="{{ no_such_thing }}")
+    assert "`nginx_server_name` of the host `staging1` cannot be worked out" in inventory.refusal()
+
+
+def test_several_mistakes_are_told_at_once(inventory: Inventory) -> None:
+    inventory.set(redis_maxmemroy="1gb", flower_prot=5555)
+    inventory.group("nginx", {})
+    message = inventory.refusal()
+    assert (
+        "redis_maxmemroy" in message
+        and "flower_prot" in message
+        and "the group `nginx` has no host" in message
+    )
+
+
+def test_prod_without_a_vault_password_is_refused_before_a_host_is_contacted(tmp_path: Path) -> None:
+    inventory = Inventory(tmp_path / "inventories", "prod")
+    message = inventory.refusal(playbook="site.yml")
+    assert "credentials_require_vault" in message and "vault" in message.lower()
+    assert not (inventory.path / "group_vars/all/credentials.yml").exists()
+
+
+@pytest.mark.parametrize(
+    ("user", "password"),
+    [
+        ("admin", "admin"),
+        ("ops", "short"),
+        ("ops", "with,comma,and,long,enough"),
+        ("o:ps", "x" * 20),
+        ("ops", "ü" * 20),
+    ],
+)
+def test_a_login_that_is_weak_or_that_flower_would_misread_is_refused(
+    inventory: Inventory, user: str, password: str
+) -> None:
+    message = inventory.refusal(
+        "-e", f"flower_user={user}", "-e", f"flower_password={password}", playbook="site.yml"
+    )
+    assert "flower_password" in message and "FLOWER_PASSWORD" in message
