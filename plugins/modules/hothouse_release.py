@@ -245,7 +245,15 @@ class Releases:
             manifest = json.loads((staging / "manifest.json").read_text(encoding="utf-8"))
             uv = unpack_uv(staging / manifest["uv"], staging / "uv")
             run_uv(staging, [uv, "venv", "--python", self.python, "--prompt", manifest["name"], target])
-            install = [uv, "pip", "install", "--python", target / "bin/python", "--no-index", "--no-deps"]
+            install: list[Path | str] = [
+                uv,
+                "pip",
+                "install",
+                "--python",
+                target / "bin/python",
+                "--no-index",
+                "--no-deps",
+            ]
             install += ["--find-links", staging / "wheels", "--require-hashes", "--compile-bytecode"]
             run_uv(staging, [*install, "--link-mode=copy", "-r", staging / "requirements.txt"])
         finally:

@@ -1,0 +1,141 @@
+"""What a deployment does to a running stack: little when little changes, nothing when the change is bad."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import REPOSITORY, Stack
+
+# A module execution costs what a rerun costs: each is one command over SSH. One more is `raw`, which is no module.
+MOST_MODULES = 20
+
+
+def started(stack: Stack) -> dict[str, str]:
+    """When each service last started, and which release is current."""
+    host = stack.first("app")
+    units = ["redis-server.service", "nginx.service", *stack.units("local1")]
+    times = host.check_output(
+        f"systemctl show --value -p InactiveExitTimestampMonotonic {' '.join(units)}"
+    ).split()
+    release = host.check_output("readlink /opt/hothouse/app/current")
+    return dict(zip(units, times, strict=True)) | {"release": release}
+
+
+def test_a_rerun_changes_nothing_and_takes_few_round_trips(stack: Stack) -> None:
+    before = started(stack)
+    done = stack.playbook("-vvv", "site.yml")
+    assert all("changed=0" in line for line in done.stdout.splitlines() if " ok=" in line)
+    assert "<127.0.0.1> SSH: EXEC" in done.stdout
+    assert done.stdout.count("<127.0.0.1> SSH: EXEC") <= MOST_MODULES + 1
+    assert started(stack) == before
+
+
+def test_check_mode_on_a_converged_host_predicts_nothing(stack: Stack) -> None:
+    done = stack.playbook("--check", "--diff", "site.yml")
+    assert all("changed=0" in line for line in done.stdout.splitlines() if " ok=" in line)
+
+
+@pytest.mark.parametrize(
+    "celery", ["campaigns.nowhere:app", "campaigns.celery:nothing", "no_such_package:app"]
+)
+def test_an_application_that_does_not_import_is_refused_and_the_old_one_runs_on(
+    stack: Stack, celery: str
+) -> None:
+    before = started(stack)
+    done = stack.playbook(
+        "site.yml", "-e", f"app_celery={celery}", "-e", "app_source=" + changed_copy(stack), check=False
+    )
+    assert done.returncode != 0
+    message = " ".join(done.stdout.split())
+    assert (
+        celery.partition(":")[2 if "nothing" in celery else 0].partition(".")[2] in message
+        or celery in message
+    )
+    assert "was not touched" in message or "keeps running" in message
+    assert started(stack) == before
+    assert stack.ping("default")
+
+
+def changed_copy(stack: Stack) -> str:
+    """A release that is not on the host yet: the example application with another file."""
+    folder = stack.credentials_file.parent / "changed-app"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(
+        REPOSITORY / "app", folder, ignore=shutil.ignore_patterns(".venv", "__pycache__", ".*_cache")
+    )
+    (folder / "src/campaigns/changed.py").write_text('"""Nothing."""\n')
+    return str(folder)
+
+
+def test_a_release_is_installed_beside_the_old_one_and_only_its_services_restart(stack: Stack) -> None:
+    before = started(stack)
+    stack.playbook("site.yml", "-e", "app_source=" + changed_copy(stack))
+    after = started(stack)
+    assert after["release"] != before["release"]
+    for unit, time in after.items():
+        if unit.startswith(("celery-worker", "celery-beat")):
+            assert time != before[unit], unit
+        elif unit != "release":
+            assert time == before[unit], unit
+    assert (
+        stack.first("app")
+        .file(f"/opt/hothouse/app/{before['release'].removeprefix('/opt/hothouse/app/')}")
+        .exists
+    )
+    stack.playbook("site.yml")
+    assert started(stack)["release"] == before["release"]
+
+
+@pytest.fixture
+def restored_login(stack: Stack) -> Iterator[None]:
+    yield
+    stack.playbook("playbooks/flower.yml")
+
+
+@pytest.mark.parametrize("way", ["environment", "variable"])
+def test_another_login_restarts_flower_and_nothing_else(stack: Stack, restored_login: None, way: str) -> None:
+    before = started(stack)
+    login = f"somebody:a-{way}-of-their-own"
+    user, _, password = login.partition(":")
+    if way == "environment":
+        stack.playbook("playbooks/flower.yml", FLOWER_USER=user, FLOWER_PASSWORD=password)
+    else:
+        stack.playbook(
+            "playbooks/flower.yml", "-e", f"flower_user={user}", "-e", f"flower_password={password}"
+        )
+    assert stack.request("/flower/api/workers", login).status == 200
+    assert stack.request("/flower/api/workers", stack.login).status in (401, 429)
+    after = started(stack)
+    assert {unit for unit in after if after[unit] != before[unit]} == {"celery-flower.service"}
+
+
+def test_a_pool_that_is_taken_out_of_the_inventory_is_stopped(stack: Stack, wait: Callable[..., Any]) -> None:
+    pools = [{"name": "only", "queues": ["default", "email_senders"], "pool": "threads", "concurrency": 4}]
+    extra = Path(stack.credentials_file.parent / "pools.yml")
+    extra.write_text(f"worker_pools: {pools}\n")
+    try:
+        stack.playbook("playbooks/worker.yml", "-e", f"@{extra}")
+        units = (
+            stack.first("worker")
+            .check_output("systemctl list-units --plain --no-legend 'celery-worker@*'")
+            .split("\n")
+        )
+        assert [line.split()[0] for line in units] == ["celery-worker@only-1.service"]
+        assert stack.ping("email_senders")
+    finally:
+        extra.unlink()
+        stack.playbook("playbooks/worker.yml")
+    assert stack.ping("email_senders")
+
+
+def test_redis_comes_back_and_the_workers_with_it(stack: Stack, wait: Callable[..., Any]) -> None:
+    stack.first("redis").check_output("systemctl kill --signal=KILL redis-server.service")
+    wait(lambda: stack.redis("PING") == "PONG", "Redis", 30)
+    for queue in ("default", "email_senders"):
+        assert stack.ping(queue)
+    stack.first("redis").check_output("systemctl restart redis-server.service")
+    stack.first("app").check_output("systemctl restart celery.target")

@@ -1,0 +1,31 @@
+"""Another Celery project than ours: its own broker setting is replaced, its environment and secret reach its tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from conftest import Stack
+
+
+def test_its_tasks_run_on_their_queue(stack: Stack) -> None:
+    code = "import hothouse_celery as h; print(h.app.send_task('tally.count', ['three small words']).get(timeout=30))"
+    assert stack.first("app").check_output(f'hothouse-run python -c "{code}"') == "3"
+
+
+def test_its_environment_and_secret_reach_its_tasks(stack: Stack) -> None:
+    code = "import hothouse_celery as h; print(h.app.send_task('tally.tick').get(timeout=30))"
+    answer = stack.first("app").check_output(f'hothouse-run python -c "{code}"')
+    assert answer == 'it\'s a "$quoted" value, with spaces & more 40'
+
+
+def test_its_schedule_runs(stack: Stack, wait: Callable[..., Any]) -> None:
+    path = "/flower/api/tasks?taskname=tally.tick&state=SUCCESS"
+    wait(lambda: len(stack.request(path, stack.login).json()) >= 3, "the schedule", 60)
+
+
+def test_nothing_of_the_example_application_is_on_the_host(stack: Stack) -> None:
+    found = stack.first("app").run(
+        "grep -rIl campaigns /etc /opt/hothouse/lib /usr/local; find /opt -iname '*campaigns*'"
+    )
+    assert found.stdout == ""
