@@ -1,7 +1,8 @@
 # shellcheck shell=bash disable=SC2034
 # What bin/up, bin/down and bin/test share: how they speak, and how they get their tools. Sourced; afterwards the
 # working directory is the repository.
-set -euo pipefail
+set -Eeuo pipefail
+trap 'printf "%s: line %s: this failed: %s\n" "$0" "$LINENO" "$BASH_COMMAND" >&2' ERR
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd -P)
 cd "$root"
@@ -89,7 +90,8 @@ install_packages() {
 # The machine's part of the tools: podman and what it needs to make hosts.
 install_engine() {
   local packages=(
-    aardvark-dns ca-certificates iproute2 iptables mmdebstrap netavark openssh-client podman python3 python3-venv
+    aardvark-dns ca-certificates iproute2 mmdebstrap netavark openssh-client podman python3 python3-venv
+    iptables nftables # netavark calls the one on Debian 12 and the other on Debian 13
   )
   # crun, podman's default, refuses control groups of version 1
   if [[ -e /sys/fs/cgroup/cgroup.controllers ]]; then packages+=(crun); else packages+=(runc); fi

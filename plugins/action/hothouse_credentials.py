@@ -283,14 +283,8 @@ def common_name(name: str) -> x509.Name:
 
 def key_usage(*allowed: str) -> x509.KeyUsage:
     """A key usage extension with only these uses."""
-    uses = (
-        "digital_signature",
-        "content_commitment",
-        "key_encipherment",
-        "data_encipherment",
-        "key_agreement",
-    )
-    uses += ("key_cert_sign", "crl_sign", "encipher_only", "decipher_only")
+    uses = ["digital_signature", "content_commitment", "key_encipherment", "data_encipherment"]
+    uses += ["key_agreement", "key_cert_sign", "crl_sign", "encipher_only", "decipher_only"]
     return x509.KeyUsage(**{use: use in allowed for use in uses})
 
 

@@ -23,8 +23,6 @@ from testinfra.host import Host
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 SCENARIO = os.environ["MOLECULE_SCENARIO_NAME"]
-# The scenario with another application has tests of its own instead of those of campaigns.
-collect_ignore = ["test_campaign.py"] if SCENARIO == "own-app" else []
 
 
 @dataclass
@@ -83,7 +81,8 @@ class Stack:
         ) + "])) }}"  # fmt: skip
         done = subprocess.run(
             ["ansible", *self.inventory_options, "all", "-m", "ansible.builtin.debug", "-a", f"msg={message}"],
-            env=self.environment | {"ANSIBLE_STDOUT_CALLBACK": "ansible.posix.json", "ANSIBLE_LOAD_CALLBACK_PLUGINS": "1"},
+            env=self.environment
+            | {"ANSIBLE_STDOUT_CALLBACK": "ansible.posix.json", "ANSIBLE_LOAD_CALLBACK_PLUGINS": "1"},
             capture_output=True, text=True, check=True,
         )  # fmt: skip
         hosts = json.loads(done.stdout)["plays"][0]["tasks"][0]["hosts"]
@@ -224,6 +223,17 @@ def exchange(
         )
     finally:
         connection.close()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A module that is not for every scenario names those it is for in SCENARIOS."""
+    here = [
+        item
+        for item in items
+        if SCENARIO in getattr(item.getparent(pytest.Module).obj, "SCENARIOS", [SCENARIO])
+    ]
+    config.hook.pytest_deselected(items=[item for item in items if item not in here])
+    items[:] = here
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,7 +12,14 @@ import pytest
 from conftest import Stack
 from testinfra.host import Host
 
+SCENARIOS = ("local", "staging", "prod")
+
 MAILDIR = "/var/lib/hothouse-mail/Maildir/new"
+
+
+def fresh_domain(name: str) -> str:
+    """A mail domain of this run alone, so that a second run on the same hosts counts its own mails."""
+    return f"{name}-{uuid.uuid4().hex[:8]}.example.com"
 
 
 def create(host: Host, name: str, recipients: list[str]) -> str:
@@ -30,7 +38,7 @@ def show(host: Host, campaign: str) -> dict[str, Any]:
 
 
 def delivered(stack: Stack, domain: str) -> list[str]:
-    """Addresses of this domain that mail arrived for, one per message; the server writes the envelope into it."""
+    """Addresses of this domain that mail arrived for, one per message; the server notes the envelope in it."""
     text = stack.first("mail").run(f"grep -rhi '^X-RcptTo:' {MAILDIR}").stdout
     return sorted(re.findall(rf"[\w.+-]+@{re.escape(domain)}", text))
 
@@ -44,7 +52,7 @@ def stopped_mail_server(stack: Stack) -> Iterator[Host]:
 
 
 def test_every_recipient_gets_exactly_one_mail(stack: Stack, wait: Callable[..., Any]) -> None:
-    domain = "once.example.com"
+    domain = fresh_domain("once")
     recipients = sorted(f"reader{number}@{domain}" for number in range(250))
     host = stack.first("app")
     campaign = create(host, "once", recipients)
@@ -58,7 +66,7 @@ def test_every_recipient_gets_exactly_one_mail(stack: Stack, wait: Callable[...,
 def test_a_campaign_waits_for_an_unreachable_mail_server_and_loses_nothing(
     stack: Stack, wait: Callable[..., Any], stopped_mail_server: Host
 ) -> None:
-    domain = "patient.example.com"
+    domain = fresh_domain("patient")
     recipients = sorted(f"reader{number}@{domain}" for number in range(20))
     host = stack.first("app")
     campaign = create(host, "patient", recipients)
@@ -76,7 +84,7 @@ def test_a_worker_killed_in_the_middle_costs_no_mail_and_doubles_none(
     stack: Stack, wait: Callable[..., Any]
 ) -> None:
     """Killed while it sends: at worst a mail is listed as ambiguous, none is sent twice, none is missing."""
-    domain = "killed.example.com"
+    domain = fresh_domain("killed")
     recipients = sorted(f"reader{number}@{domain}" for number in range(600))
     host = stack.first("app")
     campaign = create(host, "killed", recipients)

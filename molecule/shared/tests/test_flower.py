@@ -21,10 +21,15 @@ LOGGED_IN = (
 )
 
 
-def test_flower_sees_every_worker_and_every_registered_task(stack: Stack) -> None:
-    workers = stack.request("/flower/api/workers?refresh=1", stack.login).json()
-    assert sorted(workers) == sorted(stack.workers)
+def test_flower_sees_every_worker_and_every_registered_task(stack: Stack, wait: Callable[..., Any]) -> None:
+    def found() -> dict[str, Any]:
+        """What Flower asks its workers for; they have a second to answer."""
+        answer: dict[str, Any] = stack.request("/flower/api/workers?refresh=1", stack.login).json()
+        return answer if len(answer) >= len(stack.workers) else {}
+
     assert stack.workers
+    workers = wait(found, "every worker in Flower", 30)
+    assert sorted(workers) == sorted(stack.workers)
     checked = stack.first("app").check_output("hothouse-run python -m hothouse_celery check")
     for name, worker in workers.items():
         for task in checked.strip("[]").replace('"', "").split(", "):
@@ -162,9 +167,12 @@ def handshake(stack: Stack, version: ssl.TLSVersion, name: str) -> str | None:
     context = ssl.create_default_context(cafile=str(stack.ca_file))
     context.set_ciphers("DEFAULT:@SECLEVEL=0")
     context.minimum_version = context.maximum_version = version
-    with socket.create_connection((stack.address(stack.group("nginx")[0]), 443), timeout=10) as plain:
-        with context.wrap_socket(plain, server_hostname=name) as connection:
-            return connection.version()
+    address = (stack.address(stack.group("nginx")[0]), 443)
+    with (
+        socket.create_connection(address, timeout=10) as plain,
+        context.wrap_socket(plain, server_hostname=name) as connection,
+    ):
+        return connection.version()
 
 
 @pytest.mark.filterwarnings("ignore:ssl.TLSVersion:DeprecationWarning")

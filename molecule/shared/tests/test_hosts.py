@@ -1,4 +1,4 @@
-"""Every host, whatever it carries: healthy under systemd, its units up and fenced in, its doors as few as can be."""
+"""Every host, whatever it carries: healthy under systemd, its units up and fenced in, few doors."""
 
 from __future__ import annotations
 

@@ -32,9 +32,8 @@ def test_redis_rejects_clients_without_a_password(stack: Stack) -> None:
     host = stack.first("redis")
     assert "NOAUTH" in host.run("redis-cli PING").stdout
     assert "NOAUTH" in host.run("redis-cli -h 127.0.0.1 ACL LIST").stdout
-    assert "WRONGPASS" in stack.redis("PING", user="default", password="") + stack.redis(
-        "PING", user="default", password="x"
-    )
+    for password in ("", "x"):
+        assert "NOAUTH" in stack.redis("PING", user="default", password=password)
     assert provoked(stack) >= 1
 
 
@@ -60,7 +59,7 @@ def test_redis_rejects_clients_without_a_password(stack: Stack) -> None:
         ("app", ["FLUSHDB"]),
         ("app", ["KEYS", "*"]),
         ("app", ["SCRIPT", "FLUSH"]),
-        ("app", ["DEBUG", "SLEEP", "0"]),
+        ("app", ["SHUTDOWN", "NOSAVE"]),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
@@ -72,7 +71,7 @@ def test_each_user_is_refused_what_its_part_does_not_need(
 
 
 def test_an_old_password_or_anothers_is_refused(stack: Stack) -> None:
-    assert "WRONGPASS" in stack.redis("PING", user="worker", password=stack.secrets["redis_beat"])
+    assert "NOAUTH" in stack.redis("PING", user="worker", password=stack.secrets["redis_beat"])
     assert provoked(stack) == 1
 
 
@@ -100,3 +99,18 @@ def test_the_protocol_port_answers_no_stranger_on_the_network(stack: Stack) -> N
     with socket.create_connection((stack.address(name), 6379), timeout=3) as connection:
         connection.sendall(b"PING\r\n")
         assert connection.recv(100).startswith(b"-NOAUTH")
+
+
+def test_transactions_survive_a_restart(stack: Stack) -> None:
+    """The append-only file is replayed as the user `default`, which nobody can log in as but which needs its rights."""
+    host = stack.first("redis")
+    secret = stack.secrets["redis_admin"]
+    host.check_output(
+        "printf 'MULTI\\nSET app:kept yes\\nHSET app:table a 1\\nEXEC\\n' | "
+        f"REDISCLI_AUTH={secret} redis-cli --no-auth-warning --user admin"
+    )
+    host.check_output("systemctl restart redis-server.service")
+    assert stack.redis("GET", "app:kept") == "yes"
+    assert stack.redis("HGET", "app:table", "a") == "1"
+    assert stack.redis("ACL", "LOG") in ("", "(empty array)")
+    stack.redis("DEL", "app:kept", "app:table")

@@ -7,6 +7,8 @@ from typing import Any
 
 from conftest import Stack
 
+SCENARIOS = ("own-app",)
+
 
 def test_its_tasks_run_on_their_queue(stack: Stack) -> None:
     code = "import hothouse_celery as h; print(h.app.send_task('tally.count', ['three small words']).get(timeout=30))"

@@ -1,4 +1,4 @@
-"""What a deployment does to a running stack: little when little changes, nothing when the change is bad."""
+"""What a deployment does to a running stack: little if little changes, nothing if the change is bad."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 from conftest import REPOSITORY, Stack
+
+SCENARIOS = ("local",)
 
 # A module execution costs what a rerun costs: each is one command over SSH. One more is `raw`, which is no module.
 MOST_MODULES = 20
@@ -29,8 +31,8 @@ def test_a_rerun_changes_nothing_and_takes_few_round_trips(stack: Stack) -> None
     before = started(stack)
     done = stack.playbook("-vvv", "site.yml")
     assert all("changed=0" in line for line in done.stdout.splitlines() if " ok=" in line)
-    assert "<127.0.0.1> SSH: EXEC" in done.stdout
-    assert done.stdout.count("<127.0.0.1> SSH: EXEC") <= MOST_MODULES + 1
+    round_trips = (done.stdout + done.stderr).count("<127.0.0.1> SSH: EXEC")
+    assert 10 < round_trips <= MOST_MODULES + 1
     assert started(stack) == before
 
 
@@ -138,4 +140,7 @@ def test_redis_comes_back_and_the_workers_with_it(stack: Stack, wait: Callable[.
     for queue in ("default", "email_senders"):
         assert stack.ping(queue)
     stack.first("redis").check_output("systemctl restart redis-server.service")
-    stack.first("app").check_output("systemctl restart celery.target")
+    # Services that had met a closed door have counted a restart, which other tests read: begin anew.
+    host = stack.first("app")
+    host.check_output("systemctl stop celery.target && systemctl start celery.target")
+    wait(lambda: all(host.service(unit).is_running for unit in stack.units("local1")), "every service", 60)
