@@ -120,11 +120,10 @@ install_tools() {
   [[ $1 == run ]] || printf '%s\n' "$key" >.venv/.hothouse-test
 }
 
-# lock NAME: one run at a time in this checkout.
+# lock up|test: one run at a time in this checkout. The lock is on the command's own file, so that none is left behind.
 lock() {
-  mkdir -p "$state"
-  exec {lock_fd}>"$state/$1.lock"
-  flock --nonblock "$lock_fd" || fail "another $command is running in this checkout" "Wait until it is done."
+  exec {lock_fd}<"bin/$1"
+  flock --nonblock "$lock_fd" || fail "bin/$1 is running in this checkout already" "Wait until it is done."
 }
 
 # hosts_of NETWORK [podman's options...]: names of the containers that molecule/shared/create.yml made here on it.
@@ -133,13 +132,17 @@ hosts_of() {
   as_root podman ps --format '{{.Names}}' --filter "label=hothouse.checkout=$state" --filter "network=$1" "${@:2}"
 }
 
-has_network() { command -v podman >/dev/null && as_root podman network exists "$1"; }
+# idle_network NETWORK: whether it exists and no container is on it, ours or anybody's.
+idle_network() {
+  command -v podman >/dev/null && as_root podman network exists "$1" &&
+    [[ -z $(as_root podman ps --all --quiet --filter "network=$1") ]]
+}
 
-# remove_hosts NETWORK: these containers and the network, and nothing else.
+# remove_hosts NETWORK: our containers on it and the network, and nothing else.
 remove_hosts() {
   local names
   mapfile -t names < <(hosts_of "$1" --all)
   ((${#names[@]} == 0)) || as_root podman rm --force --time 0 "${names[@]}" >/dev/null
-  if has_network "$1"; then as_root podman network rm "$1" >/dev/null; fi
+  if idle_network "$1"; then as_root podman network rm "$1" >/dev/null; fi
   rm -f "$state/ssh/$1".{config,yml}
 }

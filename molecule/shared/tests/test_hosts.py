@@ -97,7 +97,18 @@ def test_other_hosts_reach_only_what_is_meant_for_them(stack: Stack) -> None:
                 reached = True
             except OSError:
                 reached = False
-            assert reached == (port in meant), (name, port)
+            # Flower on a host of its own listens for nginx, and systemd keeps everybody else out.
+            assert reached == (port in meant - {5555}), (name, port)
+
+
+def test_flower_on_a_host_of_its_own_is_reached_by_nginx_and_no_other_client(stack: Stack) -> None:
+    """The addresses that its unit allows: the proxy's and, because it is a client there, the one of Redis."""
+    flower, nginx = stack.group("flower")[0], stack.group("nginx")[0]
+    connect = f"timeout 3 bash -c '</dev/tcp/{stack.variables[flower]['flower_listen_address']}/5555'"
+    assert stack.host(nginx).run(connect).rc == 0
+    for name in stack.variables:
+        if name not in (nginx, flower, stack.group("redis")[0]):
+            assert stack.host(name).run(connect).rc != 0, name
 
 
 def test_files_have_the_owner_and_mode_that_their_content_asks_for(stack: Stack) -> None:
