@@ -27,7 +27,7 @@ if [[ -t 1 && -z ${NO_COLOR:-} ]]; then
   export ANSIBLE_FORCE_COLOR=1 # its output goes through tee
 fi
 
-say() { printf '%s\n' "$*"; }
+say() { printf '%s\n' "$@"; }
 
 # fail WHAT [HOW TO MEND IT]...
 fail() {

@@ -144,3 +144,18 @@ def test_redis_comes_back_and_the_workers_with_it(stack: Stack, wait: Callable[.
     host = stack.first("app")
     host.check_output("systemctl stop celery.target && systemctl start celery.target")
     wait(lambda: all(host.service(unit).is_running for unit in stack.units("local1")), "every service", 60)
+
+
+def test_an_unsupported_distribution_is_refused_before_anything_changes(stack: Stack) -> None:
+    host = stack.first("app")
+    before = started(stack)
+    host.check_output("sed --in-place=.kept 's/^VERSION_ID=.*/VERSION_ID=\"11\"/' /usr/lib/os-release")
+    try:
+        done = stack.playbook("site.yml", check=False)
+    finally:
+        host.check_output("mv /usr/lib/os-release.kept /usr/lib/os-release")
+    message = " ".join(done.stdout.split())
+    assert done.returncode != 0
+    assert "The host local1 runs debian 11; Hothouse is tested on debian 12 and debian 13 only." in message
+    assert "changed=0" in message
+    assert started(stack) == before
