@@ -70,6 +70,15 @@ def test_no_secret_is_in_a_file_that_others_may_read(stack: Stack) -> None:
         assert hits == "", name
 
 
+def test_flower_shows_no_secret_to_those_who_are_logged_in(stack: Stack) -> None:
+    """Neither the settings of the workers, which it asks them for, nor the arguments of tasks."""
+    for path in ("/flower/api/workers?refresh=1", "/flower/api/tasks", "/flower/broker"):
+        answer = stack.request(path, stack.login)
+        assert answer.status == 200
+        for text in spellings(stack):
+            assert text not in answer.body, path
+
+
 def test_ansible_prints_no_secret_however_verbose(stack: Stack, wait: Callable[..., Any]) -> None:
     """A run that writes every secret again, with -vvv and --diff; and it heals what was removed."""
     for name in stack.variables:
@@ -79,8 +88,8 @@ def test_ansible_prints_no_secret_however_verbose(stack: Stack, wait: Callable[.
         assert text not in done.stdout + done.stderr
     assert "[hidden]" in done.stdout
     # That run restarted Redis, too: check mode would predict the start of what systemd is about to start again.
-    wait(lambda: all(stack.host(name).service(unit).is_running for name in stack.variables for unit in stack.units(name)),
-         "every service", 60)  # fmt: skip
+    units = [(stack.host(name), unit) for name in stack.variables for unit in stack.units(name)]
+    wait(lambda: all(host.service(unit).is_running for host, unit in units), "every service")
     again = stack.playbook("--check", "--diff", "site.yml")
     changes = [block for block in again.stdout.split("\nTASK ") if "\nchanged: " in block]
     assert changes == []
