@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import os
 import re
@@ -22,7 +23,8 @@ short_description: Enables, disables, starts and stops a list of systemd units i
 version_added: "0.1.0"
 description:
   - Does for a whole list of units what M(ansible.builtin.systemd_service) does for one,
-    in one module execution and, when nothing is to be done, one or two calls of C(systemctl).
+    in one module execution. When nothing is to be done it executes no module at all: the controller asks
+    C(systemctl) itself, which costs a fraction.
   - Reloads systemd's configuration when systemd says that a listed unit's files changed, when a listed unit
     is not known to it yet, and before every O(units[].state=restarted).
     That alone does not count as a change.
@@ -280,15 +282,9 @@ def parse_timestamp(text: str) -> float:
     return datetime.fromisoformat(f"{date} {time_of_day}").replace(tzinfo=UTC).timestamp()
 
 
-def is_stale(status: Status, paths: Iterable[str] | None) -> bool:
-    """Whether the unit started before one of the paths last changed, its name or mode included (ctime)."""
-    for path in paths or ():
-        try:
-            if os.lstat(path).st_ctime > status.started:
-                return True
-        except FileNotFoundError:
-            continue
-    return False
+def is_stale(status: Status, paths: Iterable[str] | None, changed: Mapping[str, float]) -> bool:
+    """Whether the unit started before one of the paths last changed; `changed` has the times of those that exist."""
+    return any(changed.get(path, 0.0) > status.started for path in paths or ())
 
 
 def parse_list(text: str) -> dict[str, Status]:
@@ -339,8 +335,12 @@ def impossible(units: Iterable[Mapping[str, Any]], statuses: Mapping[str, Status
     return None
 
 
-def make_plan(units: Iterable[Mapping[str, Any]], statuses: Mapping[str, Status]) -> Plan:
-    """Compare wishes with what is."""
+def make_plan(
+    units: Iterable[Mapping[str, Any]],
+    statuses: Mapping[str, Status],
+    changed: Mapping[str, float] | None = None,
+) -> Plan:
+    """Compare wishes with what is. `changed`: when each path of `restart_after` last changed."""
     plan = Plan()
     for unit in units:
         name, state = unit["name"], unit["state"]
@@ -357,7 +357,7 @@ def make_plan(units: Iterable[Mapping[str, Any]], statuses: Mapping[str, Status]
             plan.reload.append(name)
         elif state in ("started", "reloaded") and not status.running:
             plan.start.append(name)
-        elif state == "started" and is_stale(status, unit.get("restart_after")):
+        elif state == "started" and is_stale(status, unit.get("restart_after"), changed or {}):
             plan.restart.append(name)
         if status.troubled and (name in plan.start or name in plan.restart):
             plan.reset.append(name)
@@ -411,7 +411,22 @@ class Systemd:
     def matching(self, globs: list[str]) -> tuple[dict[str, Status], set[str]]:
         """Find what matches: loaded units with their status, and the names of enabled ones."""
         said = self.call("list-units", "--all", "--plain", "--no-legend", "--full", "--", *globs)
-        return parse_list(said), find_links(Path("/etc/systemd/system"), globs)
+        return parse_list(said), self.links(globs)
+
+    def links(self, globs: list[str]) -> set[str]:
+        """Find the names of enabled units that match."""
+        return find_links(Path("/etc/systemd/system"), globs)
+
+    def changed(self, paths: list[str]) -> dict[str, float]:
+        """When each path last changed, its name or mode included (ctime), in seconds since the epoch.
+
+        Of a symbolic link itself. A path that does not exist is left out.
+        """
+        found = {}
+        for path in paths:
+            with contextlib.suppress(FileNotFoundError):
+                found[path] = os.lstat(path).st_ctime
+        return found
 
     def explain(self, name: str) -> str:
         """Tell why a unit does not run: systemctl's own words and the end of its journal."""
@@ -437,7 +452,8 @@ def run(params: Mapping[str, Any], check: bool, diff: bool, systemd: Systemd) ->
         before = systemd.show(names)
     if not check and (problem := impossible(units, before)):
         raise UnitsError(problem)
-    plan = make_plan(units, before)
+    paths = sorted({path for unit in units for path in unit["restart_after"] or ()})
+    plan = make_plan(units, before, systemd.changed(paths) if paths else {})
     plan.reload_daemon = reload_daemon
     loaded: dict[str, Status] = {}
     if globs:

@@ -204,8 +204,10 @@ def test_a_running_unit_is_restarted_when_what_it_read_at_its_start_is_newer(tmp
     os.utime(path, (0, 0))  # the time that a package or an archive writes on a file says nothing
     changed = path.stat().st_ctime
     earlier, later = (replace(ssh, started=changed + seconds) for seconds in (-1, 1))
-    assert units.make_plan([wanted], {"ssh.service": earlier}).actions() == ["restart ssh.service"]
-    assert units.make_plan([wanted], {"ssh.service": later}).actions() == []
+    times = units.Systemd().changed(wanted["restart_after"])
+    assert times == {str(path): changed}
+    assert units.make_plan([wanted], {"ssh.service": earlier}, times).actions() == ["restart ssh.service"]
+    assert units.make_plan([wanted], {"ssh.service": later}, times).actions() == []
 
 
 @pytest.mark.parametrize(
