@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -13,6 +14,8 @@ import yaml
 from ansible.errors import AnsibleActionFail, AnsibleError
 from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
 from ansible.plugins.action import ActionBase
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
 
 # Packages that the deployment itself needs in the application's lock file, and what for.
 NEEDED_PACKAGES = {
@@ -20,6 +23,15 @@ NEEDED_PACKAGES = {
     "redis": "Redis is the broker (install `celery[redis]`)",
     "celery-redbeat": "beat keeps its schedule and its lock in Redis",
 }
+
+
+# Variables of the whole environment, which belong to no role.
+ENVIRONMENT_VARIABLES = (
+    "credentials_ca_file",
+    "credentials_file",
+    "credentials_require_vault",
+    "private_address",
+)
 
 
 class Problems(list[str]):
@@ -49,12 +61,13 @@ def check_groups(
                 "hosts.yml of the inventory",
                 f"put it into one of {', '.join(sorted(nouns))}, or remove it",
             )
-    if len(groups.get("redis", [])) > 1:
-        problems.add(
-            f"the group `redis` has {len(groups['redis'])} hosts; Redis runs on exactly one",
-            "hosts.yml of the inventory",
-            "leave one host under `redis:`",
-        )
+    for group in ("redis", "flower"):
+        if len(groups.get(group, [])) > 1:
+            problems.add(
+                f"the group `{group}` has {len(groups[group])} hosts; it runs on exactly one",
+                "hosts.yml of the inventory",
+                f"leave one host under `{group}:`",
+            )
 
 
 def check_names(
@@ -63,6 +76,13 @@ def check_names(
     """No variable that begins like a role's is unknown to that role: a misspelled one would pass in silence."""
     for name in names:
         role = name.partition("_")[0]
+        if role in ("credentials", "private") and "_" in name and name not in ENVIRONMENT_VARIABLES:
+            near = difflib.get_close_matches(name, ENVIRONMENT_VARIABLES, n=1) or ENVIRONMENT_VARIABLES
+            problems.add(
+                f"`{name}` is no variable of an environment",
+                where.get(name, f"variables of the host `{host}`"),
+                f"did you mean {' or '.join(f'`{known}`' for known in near)}?",
+            )
         if role in specs and "_" in name and name not in specs[role]:
             near = difflib.get_close_matches(name, specs[role], n=1)
             problems.add(
@@ -133,9 +153,70 @@ def check_times(problems: Problems, values: dict[str, Any], where: dict[str, str
         )
 
 
+def check_address(problems: Problems, host: str, address: str, where: dict[str, str]) -> None:
+    """Services bind their host's address and units allow others': a name or IPv6 does not do there."""
+    try:
+        ipaddress.IPv4Address(address)
+    except ValueError:
+        problems.add(
+            f"the private_address of `{host}` is {address}, which is no IPv4 address",
+            where.get(
+                "private_address", "private_address is ansible_host unless set; hosts.yml of the inventory"
+            ),
+            f"set private_address of `{host}` to the IPv4 address under which the other hosts reach it",
+        )
+
+
+def check_certificate(problems: Problems, variables: Mapping[str, Any], where: dict[str, str]) -> None:
+    """The user's own certificate is there and its key is the one that belongs to it."""
+    names = ("nginx_certificate_file", "nginx_certificate_key_file")
+    missing = [name for name in names if not Path(str(variables.get(name, ""))).is_file()]
+    for name in missing:
+        problems.add(
+            f"nginx_tls is `provided`, but {name} ({variables.get(name, 'not set')}) is no file on the controller",
+            where.get(name, where.get("nginx_tls", "group_vars")),
+            "point it at a PEM file, or set nginx_tls to own_ca",
+        )
+    if missing:
+        return
+    certificate, key = (Path(str(variables[name])).read_bytes() for name in names)
+    if key.startswith(b"$ANSIBLE_VAULT"):
+        return
+    try:
+        public = x509.load_pem_x509_certificate(certificate).public_key()
+        fits = public == serialization.load_pem_private_key(key, None).public_key()
+    except (TypeError, ValueError):
+        fits = False
+    if not fits:
+        problems.add(
+            f"{variables[names[1]]} is not the key of the certificate {variables[names[0]]}, or one of them is not "
+            "plain PEM: nginx would not start with them",
+            where.get(names[1], "group_vars"),
+            "give the certificate, its chain behind it, and its key without a passphrase",
+        )
+
+
+def check_environment(problems: Problems, environment: Mapping[str, Any], where: dict[str, str]) -> None:
+    """Values fit a line of an environment file."""
+    for name, value in environment.items():
+        if "\n" in str(value):
+            problems.add(
+                f"app_environment: the value of {name} has several lines, which an environment file cannot hold",
+                where.get(name, where.get("app_environment", "group_vars")),
+                "put it into app_credentials, whose values are files",
+            )
+
+
 def check_source(problems: Problems, source: str, where: str) -> None:
     """The application's folder can be built into a release."""
     folder = Path(source)
+    if not folder.is_absolute():
+        problems.add(
+            f"app_source ({source}) is a relative path",
+            where,
+            'begin it with where it starts, such as "{{ inventory_dir }}/../../app"',
+        )
+        return
     for name in ("pyproject.toml", "uv.lock"):
         if not (folder / name).is_file():
             problems.add(
@@ -281,6 +362,14 @@ class ActionModule(ActionBase):
         self, problems: Problems, groups: dict[str, list[str]], hostvars: Any, where: dict[str, str]
     ) -> None:
         """What only shows when variables are held against each other."""
+        addresses = groups["all"] if len(groups["all"]) > 1 else []
+        for host in addresses:
+            check_address(problems, host, str(self._variables(hostvars, host)["private_address"]), where)
+        for host in groups["nginx"]:
+            variables = self._variables(hostvars, host)
+            if variables.get("nginx_tls") == "provided":
+                check_certificate(problems, variables, where)
+        check_environment(problems, self._variables(hostvars, groups["app"][0])["app_environment"], where)
         consumed: dict[str, list[str]] = {}
         published: list[str] = []
         for host in groups["worker"]:

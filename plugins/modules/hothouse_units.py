@@ -67,6 +67,12 @@ options:
           - A symbolic link counts itself, not what it points to. A path that does not exist is passed over.
         type: list
         elements: str
+      reload_after:
+        description:
+          - The same for paths that the unit reads again when it is reloaded. It is reloaded if its state last changed,
+            by a start or a reload, before one of them did.
+        type: list
+        elements: str
   exclusive:
     description:
       - Globs. A unit that matches one and is not in O(units), but is loaded or enabled, is stopped, disabled
@@ -118,6 +124,7 @@ UNIT_OPTIONS: dict[str, dict[str, Any]] = {
     "enabled": {"type": "raw"},
     "state": {"type": "raw"},
     "restart_after": {"type": "list", "elements": "str"},
+    "reload_after": {"type": "list", "elements": "str"},
 }
 ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
     "units": {"type": "list", "elements": "dict", "required": True, "options": UNIT_OPTIONS},
@@ -126,8 +133,20 @@ ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
 STATES = ("started", "stopped", "restarted", "reloaded")
 SUFFIXES = "service|socket|target|timer|path|mount|automount|swap|slice|scope"
 UNIT_NAME = re.compile(rf"[A-Za-z0-9:_.\\-]+(@[A-Za-z0-9:_.\\-]+)?\.({SUFFIXES})")
-PROPERTIES = (
-    "Id,Names,LoadState,ActiveState,SubState,UnitFileState,NeedDaemonReload,Type,Result,InactiveExitTimestamp"
+PROPERTIES = ",".join(
+    (
+        "Id",
+        "Names",
+        "LoadState",
+        "ActiveState",
+        "SubState",
+        "UnitFileState",
+        "NeedDaemonReload",
+        "Type",
+        "Result",
+        "InactiveExitTimestamp",
+        "StateChangeTimestamp",
+    )
 )
 JOURNAL_LINES = 30
 # Types of services that never tell when they are ready: active once they are forked. There is nothing to wait
@@ -154,6 +173,7 @@ class Status:
     result: str = ""
     names: frozenset[str] = frozenset()
     started: float = 0.0  # when it last began to start, in seconds since the epoch; 0 for never
+    loaded: float = 0.0  # when its state last changed, which a start and a reload do; as above
 
     @property
     def running(self) -> bool:
@@ -270,6 +290,7 @@ def parse_show(text: str, names: list[str]) -> dict[str, Status]:
             result=value.get("Result", ""),
             names=frozenset(value.get("Names", "").split()) | {value.get("Id", name), name},
             started=parse_timestamp(value.get("InactiveExitTimestamp", "")),
+            loaded=parse_timestamp(value.get("StateChangeTimestamp", "")),
         )
     return found
 
@@ -282,9 +303,9 @@ def parse_timestamp(text: str) -> float:
     return datetime.fromisoformat(f"{date} {time_of_day}").replace(tzinfo=UTC).timestamp()
 
 
-def is_stale(status: Status, paths: Iterable[str] | None, changed: Mapping[str, float]) -> bool:
-    """Whether the unit started before one of the paths last changed; `changed` has the times of those that exist."""
-    return any(changed.get(path, 0.0) > status.started for path in paths or ())
+def is_stale(read: float, paths: Iterable[str] | None, changed: Mapping[str, float]) -> bool:
+    """Whether one of the paths changed after it was `read`; `changed` has the times of those that exist."""
+    return any(changed.get(path, 0.0) > read for path in paths or ())
 
 
 def parse_list(text: str) -> dict[str, Status]:
@@ -357,8 +378,10 @@ def make_plan(
             plan.reload.append(name)
         elif state in ("started", "reloaded") and not status.running:
             plan.start.append(name)
-        elif state == "started" and is_stale(status, unit.get("restart_after"), changed or {}):
+        elif state == "started" and is_stale(status.started, unit.get("restart_after"), changed or {}):
             plan.restart.append(name)
+        elif state == "started" and is_stale(status.loaded, unit.get("reload_after"), changed or {}):
+            plan.reload.append(name)
         if status.troubled and (name in plan.start or name in plan.restart):
             plan.reset.append(name)
     return plan
@@ -452,7 +475,8 @@ def run(params: Mapping[str, Any], check: bool, diff: bool, systemd: Systemd) ->
         before = systemd.show(names)
     if not check and (problem := impossible(units, before)):
         raise UnitsError(problem)
-    paths = sorted({path for unit in units for path in unit["restart_after"] or ()})
+    options = ("restart_after", "reload_after")
+    paths = sorted({path for unit in units for option in options for path in unit[option] or ()})
     plan = make_plan(units, before, systemd.changed(paths) if paths else {})
     plan.reload_daemon = reload_daemon
     loaded: dict[str, Status] = {}

@@ -133,7 +133,14 @@ STATUSES = units.parse_show("\n".join(SHOWN.values()), list(SHOWN))
 
 def unit(name: str, state: str | None = None, enabled: Any = None, **options: Any) -> dict[str, Any]:
     """A unit as the module gets it."""
-    return {"name": name, "state": state, "enabled": enabled, "restart_after": None, **options}
+    return {
+        "name": name,
+        "state": state,
+        "enabled": enabled,
+        "restart_after": None,
+        "reload_after": None,
+        **options,
+    }
 
 
 def actions(*wanted: dict[str, Any]) -> list[str]:
@@ -208,6 +215,16 @@ def test_a_running_unit_is_restarted_when_what_it_read_at_its_start_is_newer(tmp
     assert times == {str(path): changed}
     assert units.make_plan([wanted], {"ssh.service": earlier}, times).actions() == ["restart ssh.service"]
     assert units.make_plan([wanted], {"ssh.service": later}, times).actions() == []
+
+
+def test_a_running_unit_is_reloaded_when_what_it_read_last_is_newer() -> None:
+    nginx = replace(STATUSES["ssh.service"], started=100.0, loaded=200.0)
+    wanted = unit("ssh.service", "started", reload_after=["/etc/a"])
+    for time, expected in ((150.0, []), (250.0, ["reload ssh.service"])):
+        assert units.make_plan([wanted], {"ssh.service": nginx}, {"/etc/a": time}).actions() == expected
+    both = unit("ssh.service", "started", reload_after=["/etc/a"], restart_after=["/etc/b"])
+    changed = {"/etc/a": 250.0, "/etc/b": 250.0}
+    assert units.make_plan([both], {"ssh.service": nginx}, changed).actions() == ["restart ssh.service"]
 
 
 @pytest.mark.parametrize(

@@ -108,10 +108,62 @@ def test_an_empty_group_that_the_stack_needs_is_refused(inventory: Inventory, gr
     assert f"the group `{group}` has no host" in inventory.refusal()
 
 
-def test_two_redis_hosts_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("group", ["redis", "flower"])
+def test_two_hosts_of_what_runs_once_are_refused(tmp_path: Path, group: str) -> None:
     inventory = Inventory(tmp_path / "inventories", "prod")
-    inventory.group("redis", {"hosts": {"redis1": {}, "beat1": {}}})
-    assert "the group `redis` has 2 hosts" in inventory.refusal()
+    inventory.group(group, {"hosts": {"redis1": {}, "beat1": {}}})
+    assert f"the group `{group}` has 2 hosts" in inventory.refusal()
+
+
+@pytest.mark.parametrize("address", ["redis1.example.com", "2001:db8::10"])
+def test_an_address_that_services_cannot_bind_is_refused(tmp_path: Path, address: str) -> None:
+    inventory = Inventory(tmp_path / "inventories", "prod")
+    document = yaml.safe_load((inventory.path / "hosts.yml").read_text())
+    document["all"]["hosts"]["redis1"]["ansible_host"] = address
+    (inventory.path / "hosts.yml").write_text(yaml.safe_dump(document))
+    message = inventory.refusal()
+    assert f"the private_address of `redis1` is {address}, which is no IPv4 address" in message
+    assert "2. " not in message.partition("nothing was touched.")[2]
+
+
+def test_a_misspelled_variable_of_the_environment_is_refused(inventory: Inventory) -> None:
+    """It would turn off the demand for encrypted credentials in silence."""
+    inventory.set(credentials_requires_vault=True)
+    assert "did you mean `credentials_require_vault`?" in inventory.refusal()
+
+
+def test_a_certificate_that_is_not_there_or_has_another_key_is_refused(
+    inventory: Inventory, tmp_path: Path
+) -> None:
+    for name in ("one", "other"):
+        subprocess.run(
+            ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", f"/CN={name}",
+             "-keyout", tmp_path / f"{name}.key", "-out", tmp_path / f"{name}.crt"],
+            check=True, capture_output=True,
+        )  # fmt: skip
+    files = {"nginx_certificate_file": str(tmp_path / "one.crt"), "nginx_tls": "provided"}
+    inventory.set(**files)
+    assert "nginx_certificate_key_file (not set) is no file on the controller" in inventory.refusal()
+    inventory.set(**files, nginx_certificate_key_file=str(tmp_path / "other.key"))
+    assert "is not the key of the certificate" in inventory.refusal()
+    inventory.set(**files, nginx_certificate_key_file=str(tmp_path / "one.key"))
+    assert inventory.check().returncode == 0
+
+
+def test_certificates_may_lie_beside_the_hosts(inventory: Inventory) -> None:
+    for name in ("certificate.pem", "certificate.key", "ca.crt", "notes.md"):
+        (inventory.path / name).write_text("no inventory\n")
+    assert inventory.check().returncode == 0
+
+
+def test_a_value_of_several_lines_in_the_environment_is_refused(inventory: Inventory) -> None:
+    inventory.set(app_environment={"KEY": "one\ntwo"})
+    assert "the value of KEY has several lines" in inventory.refusal()
+
+
+def test_a_relative_path_to_the_application_is_refused(inventory: Inventory) -> None:
+    inventory.set(app_source="app")
+    assert "app_source (app) is a relative path" in inventory.refusal()
 
 
 def test_a_queue_that_no_pool_consumes_is_refused(inventory: Inventory) -> None:

@@ -35,14 +35,11 @@ def rendered(inventory: str) -> dict[str, dict[str, str]]:
         check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:]
-    assert not SECRET.search(done.stdout), "a secret is in the output of --diff"
+    assert not SECRET.search(done.stdout), "a secret is in a file that is not marked as one"
     files: dict[str, dict[str, str]] = {}
     for task in json.loads(done.stdout)["plays"][0]["tasks"]:
         for host, result in task["hosts"].items():
-            for change in result.get("diff", []):
-                if isinstance(change["after"], str):  # the others are of owners and modes
-                    path = change["after_header"].split(" ")[0]
-                    files.setdefault(host, {})[path] = change["after"]
+            files.setdefault(host, {}).update(result.get("rendered", {}))
     return files
 
 

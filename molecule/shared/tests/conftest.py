@@ -237,8 +237,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(scope="session")
-def stack() -> Stack:
-    return Stack()
+def stack() -> Iterator[Stack]:
+    """The scenario's hosts. After all tests Redis must have refused nobody whom a test did not send to be refused."""
+    found = Stack()
+    yield found
+    assert found.redis("ACL", "LOG") in ("", "(empty array)")
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ def test_its_tasks_run_on_their_queue(stack: Stack) -> None:
 def test_its_environment_and_secret_reach_its_tasks(stack: Stack) -> None:
     code = "import hothouse_celery as h; print(h.app.send_task('tally.tick').get(timeout=30))"
     answer = stack.first("app").check_output(f'hothouse-run python -c "{code}"')
-    assert answer == 'it\'s a "$quoted" value, with spaces & more 40'
+    assert answer == 'it\'s a "$quoted" value, with spaces, ü & more 40'
 
 
 def test_its_schedule_runs(stack: Stack, wait: Callable[..., Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import stat
 import subprocess
 from collections.abc import Callable
@@ -19,7 +20,10 @@ def spellings(stack: Stack) -> list[str]:
             continue  # a name is no secret: nginx logs who asked
         lines = [line for line in value.splitlines() if line and not line.startswith("-----")]
         found += [max(lines, key=len)]
-    assert len(found) >= 8 and all(len(text) > 8 for text in found)
+    found.append(base64.b64encode(stack.login.encode()).decode())
+    own = stack.credentials_file.parent / "tally_key"
+    found += [own.read_text().strip()] if own.exists() else []
+    assert len(found) >= 9 and all(len(text) > 8 for text in found)
     return found
 
 

@@ -1,0 +1,42 @@
+#!/usr/bin/python
+"""Returns what the action hothouse_files rendered instead of writing it: this machine's files play no part."""
+
+from __future__ import annotations
+
+import base64
+import json
+import zlib
+
+from ansible.module_utils.basic import AnsibleModule
+
+DOCUMENTATION = r"""
+module: hothouse_files
+short_description: Return what hothouse_files would write
+description: Found before the real module by playbooks in this folder.
+options:
+  files:
+    description: As in the real module.
+    type: list
+    elements: dict
+  contents:
+    description: As in the real module.
+    type: str
+author: Hothouse
+"""
+
+
+def main() -> None:
+    """Run as an Ansible module."""
+    options = {"files": {"type": "list", "elements": "dict"}, "contents": {"type": "str", "no_log": True}}
+    module = AnsibleModule(options, supports_check_mode=True)
+    contents = json.loads(zlib.decompress(base64.b64decode(module.params["contents"])))
+    texts = {
+        entry["path"]: content.encode("latin-1").decode()
+        for entry, content in zip(module.params["files"], contents, strict=True)
+        if content is not None and not entry["secret"]
+    }
+    module.exit_json(changed=False, rendered=texts)
+
+
+if __name__ == "__main__":
+    main()
