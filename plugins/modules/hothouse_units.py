@@ -23,7 +23,7 @@ short_description: Enables, disables, starts and stops a list of systemd units i
 version_added: "0.1.0"
 description:
   - Does for a whole list of units what M(ansible.builtin.systemd_service) does for one,
-    in one module execution. When nothing is to be done it executes no module at all: the controller asks
+    in one module execution. When nothing is to be done no module is executed at all, because the controller asks
     C(systemctl) itself, which costs a fraction.
   - Reloads systemd's configuration when systemd says that a listed unit's files changed, when a listed unit
     is not known to it yet, and before every O(units[].state=restarted).
