@@ -145,6 +145,7 @@ PROPERTIES = ",".join(
         "Type",
         "Result",
         "InactiveExitTimestamp",
+        "ExecMainStartTimestamp",
         "StateChangeTimestamp",
     )
 )
@@ -289,7 +290,11 @@ def parse_show(text: str, names: list[str]) -> dict[str, Status]:
             type=value.get("Type", ""),
             result=value.get("Result", ""),
             names=frozenset(value.get("Names", "").split()) | {value.get("Id", name), name},
-            started=parse_timestamp(value.get("InactiveExitTimestamp", "")),
+            # An automatic restart never was inactive in between: only its main process is new.
+            started=max(
+                parse_timestamp(value.get("InactiveExitTimestamp", "")),
+                parse_timestamp(value.get("ExecMainStartTimestamp", "")),
+            ),
             loaded=parse_timestamp(value.get("StateChangeTimestamp", "")),
         )
     return found

@@ -217,6 +217,13 @@ def test_a_running_unit_is_restarted_when_what_it_read_at_its_start_is_newer(tmp
     assert units.make_plan([wanted], {"ssh.service": later}, times).actions() == []
 
 
+def test_an_automatic_restart_is_a_start_too() -> None:
+    """systemd does not call a unit inactive that waits for it, so the time of leaving that state stays the old one."""
+    at = "Sun 2026-11-22 {}:00:00.000000 UTC".format
+    text = f"Id=a.service\nInactiveExitTimestamp={at('09')}\nExecMainStartTimestamp={at('10')}\n"
+    assert units.parse_show(text, ["a.service"])["a.service"].started == units.parse_timestamp(at("10"))
+
+
 def test_a_running_unit_is_reloaded_when_what_it_read_last_is_newer() -> None:
     nginx = replace(STATUSES["ssh.service"], started=100.0, loaded=200.0)
     wanted = unit("ssh.service", "started", reload_after=["/etc/a"])
