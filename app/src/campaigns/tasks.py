@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import threading
 import time
 import uuid
@@ -80,11 +82,12 @@ def send_batch(campaign_id: str, batch_no: int) -> dict[str, int]:
             counts["waiting"] += 1
             # Less than the time to the next check, so that this one tries again.
             book.wait(campaign_id, settings.check_seconds() / 2, str(error))
-            log.warning("waiting campaign=%s reason=%s", campaign_id, error)
+            _log("waiting", campaign_id, {"reason": str(error)}, level=logging.WARNING)
     if campaign.waiting_for and not counts["waiting"] and counts["sent"] + counts["retry"] + counts["failed"]:
         book.stop_waiting(campaign_id)
     book.reschedule(campaign, batch_no)
-    _log("batch", campaign_id, {"batch": batch_no, **counts}, started)
+    seconds = round(time.monotonic() - started, 3)
+    _log("batch", campaign_id, {"batch": batch_no, **counts, "seconds": seconds})
     return dict(counts)
 
 
@@ -131,15 +134,15 @@ def _deliver(book: Ledger, mailer: Mailer, campaign: Campaign, claim: Claim, col
     if reply is None:
         return "skipped"
     if not settle("sent", reply):
-        log.warning("late campaign=%s recipient=%d: sent, but already given up", campaign.id, claim.number)
+        # Sent, but already given up.
+        _log("late", campaign.id, {"recipient": claim.number}, level=logging.WARNING)
     return "sent"
 
 
-def _log(event: str, campaign_id: str, values: Mapping[str, int], started: float | None = None) -> None:
-    """One line per task, counts only: no address at this level."""
-    pairs = " ".join(f"{key}={value}" for key, value in values.items())
-    took = f" seconds={time.monotonic() - started:.3f}" if started is not None else ""
-    log.info("%s campaign=%s %s%s", event, campaign_id, pairs, took)
+def _log(event: str, campaign_id: str, values: Mapping[str, object], level: int = logging.INFO) -> None:
+    """A line of a task, as a word and pairs: counts, and no address."""
+    pairs = " ".join(f"{key}={json.dumps(value)}" for key, value in values.items())
+    log.log(level, "%s campaign=%s %s", event, campaign_id, pairs)
 
 
 def retry_delay(attempt: int) -> int:

@@ -1,0 +1,53 @@
+"""An application whose tasks do what a log has to cope with."""
+
+import logging
+import os
+import signal
+import time
+import warnings
+from typing import Any
+
+from celery import Celery
+from celery.utils.log import get_task_logger
+
+app = Celery("trials")
+task_log, library_log = get_task_logger(__name__), logging.getLogger("library")
+
+
+@app.task
+def say(message: str) -> str:
+    task_log.info("%s", message)
+    return f"said {message}"
+
+
+@app.task
+def warn(message: str) -> None:
+    warnings.warn(message, stacklevel=1)
+    library_log.warning("a library: %s", message)
+
+
+@app.task
+def fail(depth: int, text: str) -> None:
+    """Raise from so many calls down, none like the other, so that Python does not fold them."""
+    if depth:
+        exec(compile(f"fail({depth - 1}, text)", f"{depth:0200}.py", "exec"), {"fail": fail, "text": text})
+    raise ValueError(text)
+
+
+@app.task(bind=True, max_retries=1)
+def again(self: Any, text: str) -> float:
+    if not self.request.retries:
+        task_log.info("first published=%r", self.request.headers["published"])
+        raise self.retry(countdown=0.2)
+    published: float = self.request.headers["published"]
+    return published
+
+
+@app.task(retry_on_worker_lost=False)
+def lose() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@app.task(time_limit=1)
+def hang() -> None:
+    time.sleep(60)
