@@ -24,7 +24,7 @@ sys.modules[_spec.name] = module  # where its dataclasses look for it
 _spec.loader.exec_module(module)
 
 
-class Remote(module.Systemd):  # type: ignore[name-defined, misc]
+class Remote(module.Systemd):  # type: ignore[name-defined, misc]  # a module loaded by its path
     """The host's service manager, asked over Ansible's connection and never told anything."""
 
     def __init__(self, action: ActionBase) -> None:
@@ -40,8 +40,7 @@ class Remote(module.Systemd):  # type: ignore[name-defined, misc]
         folder = "/etc/systemd/system"
         kinds = ["-path", f"{folder}/*.wants/*", "-o", "-path", f"{folder}/*.requires/*", "-o", "-path"]
         found = self._run(["find", folder, *kinds, f"{folder}/*.upholds/*"], check=True)
-        names = [Path(line).name for line in found.splitlines()]
-        return {name for name in names if any(module.fnmatch.fnmatchcase(name, glob) for glob in globs)}
+        return module.match((Path(line).name for line in found.splitlines()), globs)
 
     def changed(self, paths: list[str]) -> dict[str, float]:
         found = self._run(["stat", "--format=%.9Z %n", "--", *paths])

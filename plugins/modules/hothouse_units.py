@@ -325,8 +325,14 @@ def parse_list(text: str) -> dict[str, Status]:
 
 def find_links(folder: Path, globs: Iterable[str]) -> set[str]:
     """Name the enabled units that match; `list-unit-files` knows templates, not their enabled instances."""
-    links = (link.name for kind in ("wants", "requires", "upholds") for link in folder.glob(f"*.{kind}/*"))
-    return {name for name in links if any(fnmatch.fnmatchcase(name, glob) for glob in globs)}
+    return match(
+        (link.name for kind in ("wants", "requires", "upholds") for link in folder.glob(f"*.{kind}/*")), globs
+    )
+
+
+def match(names: Iterable[str], globs: Iterable[str]) -> set[str]:
+    """Pick the names that match."""
+    return {name for name in names if any(fnmatch.fnmatchcase(name, glob) for glob in globs)}
 
 
 def needs_reload(units: Iterable[Mapping[str, Any]], statuses: Mapping[str, Status]) -> bool:
@@ -483,6 +489,11 @@ def run(params: Mapping[str, Any], check: bool, diff: bool, systemd: Systemd) ->
     options = ("restart_after", "reload_after")
     paths = sorted({path for unit in units for option in options for path in unit[option] or ()})
     plan = make_plan(units, before, systemd.changed(paths) if paths else {})
+    # systemd remembers which folders of drop-ins there were, and overlooks a new one until it reads everything again.
+    if (plan.start or plan.restart) and not reload_daemon:
+        reload_daemon = True
+        if not check:
+            systemd.call("daemon-reload")
     plan.reload_daemon = reload_daemon
     loaded: dict[str, Status] = {}
     if globs:
