@@ -61,10 +61,10 @@ def check_groups(
                 "hosts.yml of the inventory",
                 f"put it into one of {', '.join(sorted(nouns))}, or remove it",
             )
-    for group in ("redis", "flower"):
+    for group in ("redis", "flower", "monitor"):
         if len(groups.get(group, [])) > 1:
             problems.add(
-                f"the group `{group}` has {len(groups[group])} hosts; it runs on exactly one",
+                f"the group `{group}` has {len(groups[group])} hosts; it runs on one",
                 "hosts.yml of the inventory",
                 f"leave one host under `{group}:`",
             )
@@ -193,6 +193,46 @@ def check_certificate(problems: Problems, variables: Mapping[str, Any], where: d
             "plain PEM: nginx would not start with them",
             where.get(names[1], "group_vars"),
             "give the certificate, its chain behind it, and its key without a passphrase",
+        )
+
+
+def check_monitor(problems: Problems, variables: Mapping[str, Any], where: dict[str, str]) -> None:
+    """Alerts can be mailed, the user's own rules are there, and limits can be kept."""
+    url = str(variables["monitor_smtp_url"])
+    if variables.get("monitor_mail_to") and not re.match(r"(smtp|smtps|smtp\+starttls)://[^/]", url):
+        problems.add(
+            f"monitor_smtp_url ({url}) is no address of a mail server, so no alert could be mailed",
+            where.get("monitor_smtp_url", where.get("app_smtp_url", "group_vars")),
+            "write smtp://HOST:PORT, smtps://… or smtp+starttls://USER@HOST:PORT, or leave monitor_mail_to empty",
+        )
+    for file in variables.get("monitor_rule_files", []):
+        if not Path(str(file)).is_file():
+            problems.add(
+                f"the rule file {file} is no file on the controller",
+                where.get("monitor_rule_files", "monitor_rule_files"),
+                'correct the path; begin it with where it starts, such as "{{ inventory_dir }}/rules.yml"',
+            )
+    for name in variables:
+        if re.fullmatch(r"monitor_\w+_percent", name) and not 0 <= float(variables[name]) <= 100:
+            problems.add(
+                f"{name} is {variables[name]}, which is no share of a hundred",
+                where.get(name, "group_vars"),
+                "give a number from 0 to 100",
+            )
+    for task, seconds in variables["monitor_runtime_seconds"].items():
+        if not isinstance(seconds, int | float):
+            problems.add(
+                f"monitor_runtime_seconds: the limit of {task} is {seconds!r}, which is no number of seconds",
+                where.get("monitor_runtime_seconds", "group_vars"),
+                "give a number",
+            )
+    known = float(variables.get("app_visibility_timeout_seconds", variables["monitor_unacked_seconds"]))
+    if float(variables["monitor_unacked_seconds"]) < known:
+        problems.add(
+            f"monitor_unacked_seconds ({variables['monitor_unacked_seconds']}) is below app_visibility_timeout_seconds "
+            f"({known:g}): there would be an alert for every task that a lost worker held",
+            where.get("monitor_unacked_seconds", "group_vars"),
+            "raise it, or leave it out",
         )
 
 
@@ -369,6 +409,8 @@ class ActionModule(ActionBase):
             variables = self._variables(hostvars, host)
             if variables.get("nginx_tls") == "provided":
                 check_certificate(problems, variables, where)
+        for host in groups.get("monitor", []):
+            check_monitor(problems, self._variables(hostvars, host), where)
         check_environment(problems, self._variables(hostvars, groups["app"][0])["app_environment"], where)
         consumed: dict[str, list[str]] = {}
         published: list[str] = []

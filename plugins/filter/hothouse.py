@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+from pathlib import PurePath
+from string import ascii_lowercase, ascii_uppercase, digits
 from typing import Any
+
+import bcrypt
+
+# bcrypt writes base64 in an order of its own.
+BCRYPT_ALPHABET = str.maketrans(
+    f"{ascii_uppercase}{ascii_lowercase}{digits}+/", f"./{ascii_uppercase}{ascii_lowercase}{digits}"
+)
 
 
 def worker_instances(pools: list[dict[str, Any]]) -> list[dict[str, str]]:
@@ -80,14 +91,69 @@ def worker_names(hosts: list[Any]) -> list[str]:
     ]
 
 
+def worker_queues(hosts: list[Any]) -> dict[str, list[str]]:
+    """The queues that each worker of these hosts (their variables) consumes, by the worker's name."""
+    return {
+        f"{pool['name']}-{replica}@{host['inventory_hostname']}": list(pool["queues"])
+        for host in hosts
+        for pool in host["worker_pools"]
+        for replica in range(1, int(pool.get("replicas", 1)) + 1)
+    }
+
+
+def scrape_targets(hosts: list[Any], port: int) -> list[dict[str, str]]:
+    """Where Prometheus finds an exporter of these hosts (their variables): `instance` and `address`."""
+    return [
+        {"instance": host["inventory_hostname"], "address": f"{host['monitor_exporter_address']}:{port}"}
+        for host in hosts
+    ]
+
+
+def bcrypt_hash(password: str, user: str, rounds: int = 10) -> str:
+    """The hash of a login that nginx, Prometheus and Alertmanager read; 2 ** rounds iterations.
+
+    The salt follows from the login, so that a rerun writes the same hash: it tells apart equal passwords of two
+    users, which is what a salt is for.
+    """
+    digest = hashlib.sha256(f"{user}:{password}".encode()).digest()[:16]
+    letters = base64.b64encode(digest).decode()[:22].translate(BCRYPT_ALPHABET)
+    return bcrypt.hashpw(password.encode(), f"$2b${rounds:02d}${letters}".encode()).decode()
+
+
+def copies(names: list[str], source: str, folder: str, **options: Any) -> list[dict[str, Any]]:
+    """Entries for hothouse_files: files of the controller in `source` as they are, in a folder of the host."""
+    folders = sorted({str(parent) for name in names for parent in PurePath(name).parents} - {"."})
+    return [
+        {"path": folder, "state": "directory"},
+        *({"path": f"{folder}/{name}", "state": "directory"} for name in folders),
+        *({"path": f"{folder}/{name}", "source": f"{source}/{name}", **options} for name in names),
+    ]
+
+
+def rule_files(files: list[str], folder: str) -> list[dict[str, Any]]:
+    """Entries for hothouse_files: rule files of the controller, each checked, in a folder of the host."""
+    return [
+        {"path": folder, "state": "directory"},
+        *(
+            {"path": f"{folder}/{PurePath(file).name}", "source": file, "validate": "promtool check rules %s"}
+            for file in files
+        ),
+    ]
+
+
 class FilterModule:
     """Registers the filters with Ansible."""
 
     def filters(self) -> dict[str, Any]:
         return {
+            "bcrypt_hash": bcrypt_hash,
+            "copies": copies,
             "credential_files": credential_files,
+            "rule_files": rule_files,
+            "scrape_targets": scrape_targets,
             "worker_files": worker_files,
             "worker_names": worker_names,
             "worker_instances": worker_instances,
+            "worker_queues": worker_queues,
             "worker_units": worker_units,
         }

@@ -275,3 +275,36 @@ def test_a_login_that_is_weak_or_that_flower_would_misread_is_refused(
         "-e", f"flower_user={user}", "-e", f"flower_password={password}", playbook="site.yml"
     )
     assert "flower_password" in message and "FLOWER_PASSWORD" in message
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (
+            {"monitor_smtp_url": "mail.example.com"},
+            "monitor_smtp_url (mail.example.com) is no address of a mail server",
+        ),
+        ({"monitor_rule_files": ["/nowhere/rules.yml"]}, "the rule file /nowhere/rules.yml is no file"),
+        ({"monitor_success_percent": 950}, "monitor_success_percent is 950, which is no share of a hundred"),
+        ({"monitor_runtime_seconds": {"a.task": "10s"}}, "the limit of a.task is '10s', which is no number"),
+        (
+            {"monitor_unacked_seconds": 60, "app_visibility_timeout_seconds": 900},
+            "monitor_unacked_seconds (60) is below",
+        ),
+        ({"monitor_sucess_percent": 95}, "did you mean `monitor_success_percent`?"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_limits_and_addresses_of_the_monitoring_have_to_make_sense(
+    inventory: Inventory, values: dict[str, Any], expected: str
+) -> None:
+    inventory.group("monitor", {"hosts": {"staging1": {}}})
+    inventory.set(**values)
+    message = inventory.refusal()
+    assert expected in message and "main.yml:" in message
+
+
+def test_the_monitoring_runs_on_one_host(tmp_path: Path) -> None:
+    inventory = Inventory(tmp_path / "inventories", "prod")
+    inventory.group("monitor", {"hosts": {"beat1": {}, "nginx1": {}}})
+    assert "the group `monitor` has 2 hosts; it runs on one" in inventory.refusal()

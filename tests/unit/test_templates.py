@@ -10,7 +10,9 @@ import sys
 from functools import cache
 from pathlib import Path
 
+import bcrypt
 import pytest
+import yaml
 from conftest import BUNDLE, load_plugin
 
 filters = load_plugin("filter/hothouse")
@@ -59,7 +61,10 @@ def test_several_hosts_reach_each_other_and_nobody_else() -> None:
     assert "\nbind 127.0.0.1 198.51.100.10\n" in text("prod", "redis1", "/etc/redis/redis.conf")
     assert 'address = "198.51.100.40"' in text("prod", "flower1", "/etc/hothouse/flowerconfig.py")
     unit = text("prod", "flower1", "/etc/systemd/system/celery-flower.service")
-    assert "IPAddressDeny=any\nIPAddressAllow=localhost 198.51.100.50 198.51.100.10\n" in unit
+    assert (
+        "IPAddressDeny=any\nIPAddressAllow=localhost 198.51.100.40 198.51.100.50 198.51.100.60 198.51.100.10\n"
+        in unit
+    )
     assert "server 198.51.100.40:5555;" in text("prod", "nginx1", "/etc/nginx/nginx.conf")
     assert "/etc/nginx/nginx.conf" not in rendered("prod")["worker1"]
 
@@ -74,7 +79,7 @@ def test_the_development_listener_is_local_only() -> None:
 def test_the_prefix_is_kept_by_nginx() -> None:
     for line in text("prod", "nginx1", "/etc/nginx/nginx.conf").splitlines():
         if line.strip().startswith("proxy_pass"):
-            assert line.strip() == "proxy_pass http://flower;"
+            assert re.fullmatch(r"proxy_pass http://(flower|198\.51\.100\.60:909[03]);", line.strip())
 
 
 def test_flowerconfig_is_python_and_shows_the_columns_of_the_guide() -> None:
@@ -124,6 +129,53 @@ def test_instances_are_pools_times_replicas() -> None:
     assert instances[2]["options"] == "--queues=z --concurrency=2 --pool=threads --time-limit=30"
     hosts = [{"inventory_hostname": name, "worker_pools": pools} for name in ("w1", "w2")]
     assert filters.worker_names(hosts) == ["a-1@w1", "a-2@w1", "b-1@w1", "a-1@w2", "a-2@w2", "b-1@w2"]
+
+
+def test_a_login_has_one_hash_which_only_its_password_opens() -> None:
+    text = filters.bcrypt_hash("secret", "ops", 4)
+    assert text == filters.bcrypt_hash("secret", "ops", 4) != filters.bcrypt_hash("secret", "monitor", 4)
+    assert bcrypt.checkpw(b"secret", text.encode()) and not bcrypt.checkpw(b"secreT", text.encode())
+
+
+def test_prometheus_reads_every_host_and_nginx_serves_it() -> None:
+    config = yaml.safe_load(text("prod", "monitor1", "/etc/prometheus/hothouse/prometheus.yml"))
+    jobs = {
+        job["job_name"]: [target for static in job["static_configs"] for target in static["targets"]]
+        for job in config["scrape_configs"]
+    }
+    assert jobs["redis"] == ["198.51.100.10:9121"] and jobs["flower"] == ["198.51.100.40:5555"]
+    assert len(jobs["node"]) == 7 and "127.0.0.1:9100" in jobs["node"]
+    assert jobs["blackbox"] == ["https://ops.example.com/flower/", "https://ops.example.com/"]
+    page = text("prod", "nginx1", "/etc/nginx/nginx.conf")
+    assert "proxy_pass http://198.51.100.60:9090;" in page and "auth_basic_user_file" in page
+    unit = text(
+        "prod", "worker1", "/etc/systemd/system/prometheus-node-exporter.service.d/node-exporter.conf"
+    )
+    assert "--web.listen-address=198.51.100.21:9100" in unit
+    assert "IPAddressDeny=any\nIPAddressAllow=localhost 198.51.100.60\n" in unit
+
+
+def test_without_a_monitoring_host_nothing_of_it_is_written() -> None:
+    assert not [path for path in rendered("staging")["staging1"] if "prometheus" in path or "lua" in path]
+    page = text("staging", "staging1", "/etc/nginx/nginx.conf")
+    assert (
+        "/prometheus" not in page.replace("(flower|prometheus|alertmanager)", "")
+        and "stub_status" not in page
+    )
+    assert json.loads(text("staging", "staging1", "/opt/hothouse/overview/config.json"))["prometheus"] is None
+
+
+def test_the_page_and_the_alerts_read_the_same_limits() -> None:
+    page = json.loads(text("prod", "nginx1", "/opt/hothouse/overview/config.json"))
+    rules = yaml.safe_load(text("prod", "monitor1", "/etc/prometheus/hothouse/records.yml"))
+    limits = {
+        rule["labels"]["name"]: float(rule["expr"].removeprefix("vector(").removesuffix(")"))
+        for group in rules["groups"]
+        for rule in group["rules"]
+        if rule.get("record") == "hothouse_threshold"
+    }
+    shown = {name: value for name, value in page["thresholds"].items() if name != "runtime_seconds"}
+    assert shown and {name: limits[name] for name in shown} == shown
 
 
 def test_credential_files_are_roots_alone() -> None:

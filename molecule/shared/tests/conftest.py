@@ -74,7 +74,8 @@ class Stack:
         names = (
             "private_address", "group_names", "worker_pools", "app_queues", "app_celery", "nginx_server_name",
             "nginx_tls", "credentials_file", "container_name", "redis_listen_addresses", "flower_listen_address",
-            "nginx_development_port", "mail_listen_address", "ansible_port",
+            "nginx_development_port", "mail_listen_address", "ansible_port", "monitor_parts", "monitor_exporter_address",
+            "monitor_listen_address",
         )  # fmt: skip
         message = "{{ dict(['" + "', '".join(names) + "'] | zip([" + ", ".join(
             f"{name} | default(none)" for name in names
@@ -158,7 +159,17 @@ class Stack:
         ]
         for noun, unit in (("beat", "celery-beat"), ("flower", "celery-flower"), ("mail", "mail")):
             units += [f"{unit}.service"] if noun in groups else []
-        return units
+        return units + self.monitoring(host)
+
+    def monitoring(self, host: str) -> list[str]:
+        """The units of the monitoring on a host."""
+        names = {
+            "node": ["prometheus-node-exporter"],
+            "redis": ["prometheus-redis-exporter"],
+            "nginx": ["prometheus-nginx-exporter"],
+            "server": ["prometheus", "prometheus-alertmanager", "prometheus-blackbox-exporter"],
+        }
+        return [f"{name}.service" for part in self.variables[host]["monitor_parts"] for name in names[part]]
 
     def playbook(
         self, *words: str, check: bool = True, **environment: str
@@ -188,9 +199,9 @@ class Stack:
         nginx = self.group("nginx")[0]
         name = name or self.variables[nginx]["nginx_server_name"]
         context = ssl.create_default_context(cafile=str(self.ca_file))
-        connection = http.client.HTTPSConnection(name, 443, context=context, timeout=30)
-        address = self.address(nginx)
-        connection._create_connection = lambda *_, **__: socket.create_connection((address, 443), timeout=30)  # type: ignore[attr-defined]
+        connection = http.client.HTTPSConnection(name)
+        plain = socket.create_connection((self.address(nginx), 443), timeout=30)
+        connection.sock = context.wrap_socket(plain, server_hostname=name)
         return exchange(connection, path, login, method, headers or {}, body)
 
     @property

@@ -32,6 +32,14 @@ def allowed(stack: Stack, host: str) -> set[tuple[str, int]]:
         sockets |= {("0.0.0.0", 80), ("0.0.0.0", 443)}
         if variables["nginx_development_port"]:
             sockets |= {("0.0.0.0", int(variables["nginx_development_port"]))}
+    for part, port in (("node", 9100), ("redis", 9121), ("nginx", 9113)):
+        if part in variables["monitor_parts"]:
+            sockets |= {(variables["monitor_exporter_address"], port)}
+    if "nginx" in variables["monitor_parts"]:
+        sockets |= {("127.0.0.1", 8081)}
+    if "server" in variables["monitor_parts"]:
+        sockets |= {(variables["monitor_listen_address"], port) for port in (9090, 9093)}
+        sockets |= {("127.0.0.1", 9115)}
     if "mail" in variables["group_names"]:
         sockets |= {(variables["mail_listen_address"], 1025)}
     return sockets
@@ -91,23 +99,24 @@ def test_other_hosts_reach_only_what_is_meant_for_them(stack: Stack) -> None:
     """Seen from the machine that runs the local hosts, which is another host on their network."""
     for name in stack.variables:
         meant = {port for address, port in allowed(stack, name) if not address.startswith("127.")}
-        for port in {22, 25, 80, 443, 1025, 5555, 5556, 6379}:
+        for port in {22, 25, 80, 443, 1025, 5555, 5556, 6379, 8081, 9090, 9093, 9100, 9113, 9115, 9121}:
             try:
                 socket.create_connection((stack.address(name), port), timeout=3).close()
                 reached = True
             except OSError:
                 reached = False
-            # Flower on a host of its own listens for nginx, and systemd keeps everybody else out.
-            assert reached == (port in meant - {5555}), (name, port)
+            # Flower listens for nginx and exporters for Prometheus; systemd keeps everybody else out.
+            assert reached == (port in meant - {5555, 9100, 9113, 9121}), (name, port)
 
 
 def test_flower_on_a_host_of_its_own_is_reached_by_nginx_and_no_other_client(stack: Stack) -> None:
-    """The addresses that its unit allows: the proxy's and, because it is a client there, the one of Redis."""
-    flower, nginx = stack.group("flower")[0], stack.group("nginx")[0]
+    """The addresses that its unit allows: the proxy's, the monitoring's and, as its own client, that of Redis."""
+    flower, nginx, redis = (stack.group(noun)[0] for noun in ("flower", "nginx", "redis"))
+    clients = {flower, nginx, redis, *stack.group("monitor")}
     connect = f"timeout 3 bash -c '</dev/tcp/{stack.variables[flower]['flower_listen_address']}/5555'"
     assert stack.host(nginx).run(connect).rc == 0
     for name in stack.variables:
-        if name not in (nginx, flower, stack.group("redis")[0]):
+        if name not in clients:
             assert stack.host(name).run(connect).rc != 0, name
 
 

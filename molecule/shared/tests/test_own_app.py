@@ -31,3 +31,12 @@ def test_nothing_of_the_example_application_is_on_the_host(stack: Stack) -> None
         "grep -rIl campaigns /etc /opt/hothouse/lib /usr/local; find /opt -iname '*campaigns*'"
     )
     assert found.stdout == ""
+
+
+def test_without_a_monitoring_host_there_is_nothing_of_it(stack: Stack) -> None:
+    """The overview page is there and knows; no exporter is installed."""
+    host = stack.first("nginx")
+    assert host.run("dpkg-query --show 'prometheus*'").stdout == ""
+    assert stack.request("/config.json", stack.login).json()["prometheus"] is None
+    assert stack.request("/", stack.login).status == 200
+    assert stack.request("/prometheus/", stack.login).status == 404

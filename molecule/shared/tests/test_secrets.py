@@ -20,7 +20,8 @@ def spellings(stack: Stack) -> list[str]:
             continue  # a name is no secret: nginx logs who asked
         lines = [line for line in value.splitlines() if line and not line.startswith("-----")]
         found += [max(lines, key=len)]
-    found.append(base64.b64encode(stack.login.encode()).decode())
+    logins = (stack.login, f"monitor:{stack.secrets['monitor']}")
+    found += [base64.b64encode(login.encode()).decode() for login in logins]
     own = stack.credentials_file.parent / "tally_key"
     found += [own.read_text().strip()] if own.exists() else []
     assert len(found) >= 9 and all(len(text) > 8 for text in found)
@@ -86,7 +87,11 @@ def test_flower_shows_no_secret_to_those_who_are_logged_in(stack: Stack) -> None
 def test_ansible_prints_no_secret_however_verbose(stack: Stack, wait: Callable[..., Any]) -> None:
     """A run that writes every secret again, with -vvv and --diff; and it heals what was removed."""
     for name in stack.variables:
-        stack.host(name).run("rm -f /etc/hothouse/credentials/* /etc/redis/users.acl /etc/nginx/hothouse.key")
+        stack.host(name).run(
+            "rm -f /etc/hothouse/credentials/* /etc/redis/users.acl /etc/nginx/hothouse.key "
+            "/etc/nginx/hothouse.htpasswd /etc/nginx/hothouse-monitor.conf "
+            "/etc/prometheus/hothouse/web.yml /etc/prometheus/hothouse/alertmanager.yml"
+        )
     done = stack.playbook("-vvv", "--diff", "site.yml")
     for text in spellings(stack):
         assert text not in done.stdout + done.stderr
