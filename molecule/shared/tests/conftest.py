@@ -74,8 +74,8 @@ class Stack:
         names = (
             "private_address", "group_names", "worker_pools", "app_queues", "app_celery", "nginx_server_name",
             "nginx_tls", "credentials_file", "container_name", "redis_listen_addresses", "flower_listen_address",
-            "nginx_development_port", "mail_listen_address", "ansible_port", "monitor_parts", "monitor_exporter_address",
-            "monitor_listen_address",
+            "nginx_development_port", "mail_listen_address", "ansible_port", "monitor_parts",
+            "monitor_exporter_address", "monitor_listen_address",
         )  # fmt: skip
         message = "{{ dict(['" + "', '".join(names) + "'] | zip([" + ", ".join(
             f"{name} | default(none)" for name in names
