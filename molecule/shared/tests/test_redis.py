@@ -56,7 +56,7 @@ def test_redis_rejects_clients_without_a_password(stack: Stack) -> None:
         ("exporter", ["LPUSH", "q:default", "x"]),
         ("exporter", ["DEL", "q:default"]),
         ("exporter", ["CONFIG", "GET", "*"]),
-        ("exporter", ["EVAL", "return redis.call('GET', 'app:x')", "0"]),
+        ("exporter", ["EVAL", 'return redis.call("GET", "app:x")', "0"]),
         ("app", ["BRPOP", "q:default", "1"]),
         ("app", ["HGET", "q:unacked", "x"]),
         ("app", ["SET", "r:x", "1"]),
