@@ -34,6 +34,10 @@ ENVIRONMENT_VARIABLES = (
 )
 
 
+# Seconds, unless the inventory says otherwise.
+MONITOR_TIMES = (("patience", 120), ("scrape", 15))
+
+
 class Problems(list[str]):
     """What is wrong, each with where it is set and how to mend it."""
 
@@ -226,6 +230,14 @@ def check_monitor(problems: Problems, variables: Mapping[str, Any], where: dict[
                 where.get("monitor_runtime_seconds", "group_vars"),
                 "give a number",
             )
+    patience, scrape = (int(variables.get(f"monitor_{name}_seconds", least)) for name, least in MONITOR_TIMES)
+    if patience < 2 * scrape:
+        problems.add(
+            f"monitor_patience_seconds ({patience}) is below twice monitor_scrape_seconds ({scrape}): alerts that compare "
+            "two readings would never come",
+            where.get("monitor_patience_seconds", where.get("monitor_scrape_seconds", "group_vars")),
+            f"set it to at least {2 * scrape}",
+        )
     known = float(variables.get("app_visibility_timeout_seconds", variables["monitor_unacked_seconds"]))
     if float(variables["monitor_unacked_seconds"]) < known:
         problems.add(

@@ -291,6 +291,10 @@ def test_a_login_that_is_weak_or_that_flower_would_misread_is_refused(
             {"monitor_unacked_seconds": 60, "app_visibility_timeout_seconds": 900},
             "monitor_unacked_seconds (60) is below",
         ),
+        (
+            {"monitor_scrape_seconds": 90},
+            "monitor_patience_seconds (120) is below twice monitor_scrape_seconds (90)",
+        ),
         ({"monitor_sucess_percent": 95}, "did you mean `monitor_success_percent`?"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
