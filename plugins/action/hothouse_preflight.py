@@ -34,10 +34,6 @@ ENVIRONMENT_VARIABLES = (
 )
 
 
-# Seconds, unless the inventory says otherwise.
-MONITOR_TIMES = (("patience", 120), ("scrape", 15))
-
-
 class Problems(list[str]):
     """What is wrong, each with where it is set and how to mend it."""
 
@@ -200,7 +196,9 @@ def check_certificate(problems: Problems, variables: Mapping[str, Any], where: d
         )
 
 
-def check_monitor(problems: Problems, variables: Mapping[str, Any], where: dict[str, str]) -> None:
+def check_monitor(
+    problems: Problems, variables: Mapping[str, Any], defaults: Mapping[str, Any], where: dict[str, str]
+) -> None:
     """Alerts can be mailed, the user's own rules are there, and limits can be kept."""
     url = str(variables["monitor_smtp_url"])
     if variables.get("monitor_mail_to") and not re.match(r"(smtp|smtps|smtp\+starttls)://[^/]", url):
@@ -230,11 +228,14 @@ def check_monitor(problems: Problems, variables: Mapping[str, Any], where: dict[
                 where.get("monitor_runtime_seconds", "group_vars"),
                 "give a number",
             )
-    patience, scrape = (int(variables.get(f"monitor_{name}_seconds", least)) for name, least in MONITOR_TIMES)
+    patience, scrape = (
+        int(variables.get(name, defaults[name]))
+        for name in ("monitor_patience_seconds", "monitor_scrape_seconds")
+    )
     if patience < 2 * scrape:
         problems.add(
-            f"monitor_patience_seconds ({patience}) is below twice monitor_scrape_seconds ({scrape}): alerts that compare "
-            "two readings would never come",
+            f"monitor_patience_seconds ({patience}) is below twice monitor_scrape_seconds ({scrape}): alerts that "
+            "compare two readings would never come",
             where.get("monitor_patience_seconds", where.get("monitor_scrape_seconds", "group_vars")),
             f"set it to at least {2 * scrape}",
         )
@@ -422,7 +423,7 @@ class ActionModule(ActionBase):
             if variables.get("nginx_tls") == "provided":
                 check_certificate(problems, variables, where)
         for host in groups.get("monitor", []):
-            check_monitor(problems, self._variables(hostvars, host), where)
+            check_monitor(problems, self._variables(hostvars, host), self._defaults("monitor"), where)
         check_environment(problems, self._variables(hostvars, groups["app"][0])["app_environment"], where)
         consumed: dict[str, list[str]] = {}
         published: list[str] = []
