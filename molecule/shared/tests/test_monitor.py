@@ -109,6 +109,14 @@ def test_a_page_of_another_site_cannot_silence_an_alert(stack: Stack) -> None:
     assert own.status in (400, 422), own.body
 
 
+@pytest.mark.parametrize("page", ["alerts", "graph", "targets", "rules", "status", "flags", "config"])
+def test_the_pages_of_prometheus_are_where_links_to_them_lead(stack: Stack, page: str) -> None:
+    answer = stack.request(f"/prometheus/{page}?search=a", stack.login)
+    assert answer.headers["location"] == f"/prometheus/classic/{page}?search=a"
+    answer = stack.request(answer.headers["location"], stack.login)
+    assert answer.status == 200 and "Prometheus" in answer.body
+
+
 def test_what_is_kept_is_bounded(stack: Stack) -> None:
     flags = stack.request("/prometheus/api/v1/status/flags", stack.login).json()["data"]
     assert flags["storage.tsdb.retention.time"] in ("30d", "4w2d")

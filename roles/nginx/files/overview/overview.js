@@ -1087,7 +1087,7 @@ async function begin() {
   $("link-flower").href = config.flower;
   if (config.prometheus) {
     $("link-prometheus").href = config.prometheus;
-    for (const id of ["link-prometheus", "link-alertmanager"]) $(id).hidden = false;
+    for (const id of ["link-prometheus", "link-alerts"]) $(id).hidden = false;
   } else withoutPrometheus();
   setText($("window"), seconds(config.window_seconds));
   setText($("limit-messages"), `≤ ${whole.format(config.thresholds.backlog_messages)}`);
