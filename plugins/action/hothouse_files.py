@@ -51,10 +51,14 @@ class ActionModule(ActionBase):
 
         self._templars: dict[str, Templar] = {}
         contents = [self._content(entry, task_vars) for entry in entries]
+        module_args = {
+            "files": [_for_host(entry) for entry in entries],
+            "contents": module.pack(contents),
+            "root": args["root"],
+            "root_owner": args["root_owner"],
+        }
         result = self._execute_module(
-            module_name="hothouse_files",
-            module_args={"files": [_for_host(entry) for entry in entries], "contents": module.pack(contents)},
-            task_vars=task_vars,
+            module_name="hothouse_files", module_args=module_args, task_vars=task_vars
         )
         self._notify(entries, result)
         return result

@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -34,6 +35,11 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "keep": {"type": "int", "default": 5},
     "cache": {"type": "str"},
     "python": {"type": "path", "default": "/usr/bin/python3"},
+    "archive": {"type": "path"},
+    "target": {
+        "type": "dict",
+        "options": {"python": {"type": "str", "required": True}, "glibc": {"type": "str", "required": True}},
+    },
 }
 # Part of every ID: raise it when the same project would be built into something else.
 BUILDER = "1"
@@ -348,6 +354,38 @@ def prune(project: Project, cache: Path, keep: int) -> None:
             kept.add(match[1])
 
 
+def describe(target: dict[str, str]) -> dict[str, str]:
+    """What the host's half would say of a Debian that is not there: CPython on Linux, on a machine like this."""
+    return {
+        "glibc": target["glibc"],
+        "implementation_name": "cpython",
+        "implementation_version": target["python"],
+        "os_name": "posix",
+        "platform_machine": platform.machine(),
+        "platform_python_implementation": "CPython",
+        "platform_release": "",
+        "platform_system": "Linux",
+        "platform_version": "",
+        "python_full_version": target["python"],
+        "python_version": ".".join(target["python"].split(".")[:2]),
+        "sys_platform": "linux",
+    }
+
+
+def read_manifest(archive: Path) -> dict[str, Any]:
+    """The manifest of an archive, or {} for one that is missing or damaged."""
+    try:
+        with zipfile.ZipFile(archive) as file:
+            return json.loads(file.read("manifest.json"))
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile):
+        return {}
+
+
+def cache_folder(loader: Any, options: dict[str, Any]) -> Path:
+    """Where built archives are kept."""
+    return Path(loader.path_dwim(options["cache"] or str(BUNDLE / ".hothouse/releases")))
+
+
 class ActionModule(ActionBase):
     """Asks the host whether it needs the release, and only then builds and sends it."""
 
@@ -356,7 +394,10 @@ class ActionModule(ActionBase):
         _, options = self.validate_argument_spec(ARGUMENTS)
         project = Project.read(Path(self._loader.path_dwim(options["source"])))
         release: dict[str, str] = {"id": project.release_id()}
-        arguments = {**options, "release": release}
+        if options["archive"]:
+            return self._export(project, release["id"], options)
+        asked = {name: value for name, value in options.items() if name not in ("archive", "target")}
+        arguments = {**asked, "release": release}
         result = self._execute_module("hothouse_release", arguments, task_vars=task_vars)
         host = result.pop("host", {})
         if result.get("failed") or not result.pop("needed", False):
@@ -365,7 +406,7 @@ class ActionModule(ActionBase):
             assert_lock_is_current(project)
             locked_requirements(project, host)
             return result
-        cache = Path(self._loader.path_dwim(options["cache"] or str(BUNDLE / ".hothouse/releases")))
+        cache = cache_folder(self._loader, options)
         archive = self._archive(project, release["id"], host, cache, options["keep"])
         release["sha256"] = sha256(archive)
         try:
@@ -376,6 +417,22 @@ class ActionModule(ActionBase):
             return self._execute_module("hothouse_release", arguments, task_vars=task_vars)
         finally:
             self._remove_tmp_path(self._connection._shell.tmpdir)
+
+    def _export(self, project: Project, release_id: str, options: dict[str, Any]) -> dict[str, Any]:
+        """Puts the archive for a target that cannot be asked, such as an image, at a path of the controller."""
+        if not options["target"]:
+            raise AnsibleActionFail("The option `archive` needs `target`: what the archive is built for.")
+        host, path = describe(options["target"]), Path(options["archive"])
+        wanted = {"id": release_id, "python": host["python_full_version"]}
+        changed = not wanted.items() <= read_manifest(path).items()
+        if changed and not self._task.check_mode:
+            archive = self._archive(
+                project, release_id, host, cache_folder(self._loader, options), options["keep"]
+            )
+            staged = path.with_name(f".{path.name}.new")
+            shutil.copyfile(archive, staged)
+            staged.replace(path)
+        return {"changed": changed, "release": release_id}
 
     def _archive(
         self, project: Project, release_id: str, host: dict[str, str], cache: Path, keep: int

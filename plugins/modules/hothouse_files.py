@@ -108,6 +108,18 @@ options:
         description: Handlers to notify when this entry changed, by name or by what they listen to.
         type: list
         elements: str
+  root:
+    description:
+      - Puts everything below this folder, as on a host whose C(/) it is, and makes the folders in between.
+        The folder that holds it must exist.
+      - All of it belongs to O(root_owner), and what is secret only its owner may read.
+        What only means something on the host itself is left out, the validators and the notifications. Folders that
+        are not in the list stay as they are.
+      - Meant for C(module_defaults), so that a role's own tasks write the files of a container.
+    type: path
+  root_owner:
+    description: Number of the owning user and group below O(root), as C(UID:GID). Needed with O(root).
+    type: str
 attributes:
   check_mode:
     support: full
@@ -185,6 +197,8 @@ ENTRY_OPTIONS: dict[str, dict[str, Any]] = {
 }
 ARGUMENT_SPEC: dict[str, dict[str, Any]] = {
     "files": {"type": "list", "elements": "dict", "required": True, "options": ENTRY_OPTIONS},
+    "root": {"type": "path"},
+    "root_owner": {"type": "str"},
 }
 STATES = ("file", "directory", "link", "absent")
 ORIGINS = ("template", "source", "content")
@@ -264,6 +278,28 @@ def _split(path: str, command: str) -> list[str]:
         return shlex.split(command)
     except ValueError as error:
         raise FilesError(f"{path}: validate: {error}: {command}") from None
+
+
+def relocate(
+    pairs: list[tuple[Entry, bytes | None]], root: str, owner: str
+) -> list[tuple[Entry, bytes | None]]:
+    """Entries and contents below the folder `root`, owned by `owner` (UID:GID), behind the folders they lack there."""
+    if not re.fullmatch(r"\d+:\d+", owner):
+        raise FilesError(f"root_owner must be two numbers, such as 1000:1000, not {owner!r}")
+    user, _, group = owner.partition(":")
+    moved = []
+    for entry, content in pairs:
+        mode = f"{int(entry['mode'], 8) & 0o700:04o}" if entry["secret"] else entry["mode"]
+        here = {"path": root + entry["path"], "owner": user, "group": group, "mode": mode, "validate": None}
+        moved.append(({**entry, **here}, content))
+    listed = {entry["path"] for entry, _ in moved}
+    needed = {str(parent) for entry, _ in pairs for parent in PurePosixPath(entry["path"]).parents}
+    for path in {(root + parent).rstrip("/") for parent in needed} - listed:
+        if not Path(path).is_dir():
+            folder = {"path": path, "state": "directory", "owner": user, "group": group, "mode": "0755"}
+            moved.append((dict.fromkeys(ENTRY_OPTIONS) | {"secret": False} | folder, None))
+    # Directories are made in list order; sorted, each comes after its parent.
+    return sorted(moved, key=lambda pair: (pair[0]["state"] != "directory", pair[0]["path"]))
 
 
 def pack(contents: list[bytes | None]) -> str:
@@ -572,8 +608,10 @@ def _sync(directory: Path) -> None:
 
 def run(params: Mapping[str, Any], check: bool, diff: bool) -> dict[str, Any]:
     """Bring the host to what `params` say and return the result. Raises FilesError, OSError."""
-    contents = unpack(params["contents"])
-    items = [Item(entry, content) for entry, content in zip(params["files"], contents, strict=True)]
+    pairs = list(zip(params["files"], unpack(params["contents"]), strict=True))
+    if params.get("root"):
+        pairs = relocate(pairs, params["root"].rstrip("/"), params["root_owner"] or "")
+    items = [Item(entry, content) for entry, content in pairs]
     for item in items:
         if problem := item.conflict():
             raise FilesError(problem)

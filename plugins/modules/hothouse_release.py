@@ -80,6 +80,24 @@ options:
     description: The host's Python interpreter that the release is made for.
     type: path
     default: /usr/bin/python3
+  archive:
+    description:
+      - Builds only, for O(target), and puts the archive at this path on the controller; no host is asked.
+        What installs it finds in it C(requirements.txt), C(wheels/) and the wheel of C(uv).
+      - Meant for C(module_defaults), so that a role's own task provides what an image is built from.
+    type: path
+  target:
+    description: What O(archive) is built for, a machine like the controller with another Debian.
+    type: dict
+    suboptions:
+      python:
+        description: Full version of its Python.
+        type: str
+        required: true
+      glibc:
+        description: Version of its C library.
+        type: str
+        required: true
 attributes:
   check_mode:
     support: full
@@ -379,6 +397,14 @@ def main() -> None:
             "keep": {"type": "int", "default": 5},
             "cache": {"type": "str"},
             "python": {"type": "path", "default": "/usr/bin/python3"},
+            "archive": {"type": "path"},
+            "target": {
+                "type": "dict",
+                "options": {
+                    "python": {"type": "str", "required": True},
+                    "glibc": {"type": "str", "required": True},
+                },
+            },
             "release": {"type": "dict"},
         },
         supports_check_mode=True,
