@@ -355,7 +355,9 @@ class ActionModule(ActionBase):
         where = find_definitions(task_vars.get("ansible_inventory_sources") or [])
         problems = Problems()
 
-        check_groups(problems, groups, set(specs) - {"prepare", "verify", "compose"}, arguments["needed_groups"])
+        check_groups(
+            problems, groups, set(specs) - {"prepare", "verify", "compose"}, arguments["needed_groups"]
+        )
         for host in groups["all"]:
             check_names(problems, host, list(hostvars.raw_get(host)), specs, where)
         if not problems:

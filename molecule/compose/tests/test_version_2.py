@@ -32,7 +32,9 @@ def test_it_builds_the_images(stack: Stack) -> None:
     flower = stack.inspect()["flower"]
     stack.compose("build", "--no-cache", "flower")
     name = flower["Config"]["Image"]
-    assert stack.shell(f"docker image inspect --format '{{{{.Id}}}}' {name}").stdout.strip() != flower["Image"]
+    assert (
+        stack.shell(f"docker image inspect --format '{{{{.Id}}}}' {name}").stdout.strip() != flower["Image"]
+    )
 
 
 def test_it_takes_the_other_file_as_well(stack: Stack, wait: Callable[..., Any]) -> None:
