@@ -54,8 +54,7 @@ class ActionModule(ActionBase):
         module_args = {
             "files": [_for_host(entry) for entry in entries],
             "contents": module.pack(contents),
-            "root": args["root"],
-            "root_owner": args["root_owner"],
+            **{name: args[name] for name in ("root", "root_owner") if args[name] is not None},
         }
         result = self._execute_module(
             module_name="hothouse_files", module_args=module_args, task_vars=task_vars

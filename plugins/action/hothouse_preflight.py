@@ -9,6 +9,7 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import yaml
 from ansible.errors import AnsibleActionFail, AnsibleError
@@ -196,16 +197,48 @@ def check_certificate(problems: Problems, variables: Mapping[str, Any], where: d
         )
 
 
-def check_monitor(
-    problems: Problems, variables: Mapping[str, Any], defaults: Mapping[str, Any], where: dict[str, str]
-) -> None:
+def smtp_fault(address: str) -> str | None:
+    """What keeps Alertmanager from sending mail to this address, if anything does."""
+    try:
+        url = urlsplit(address)
+        port = url.port
+    except ValueError:
+        return "is no address of a mail server"
+    if url.scheme not in ("smtp", "smtps", "smtp+starttls") or not url.hostname:
+        return "is no address of a mail server"
+    if url.password is not None:
+        return "holds a password, which belongs into monitor_smtp_password"
+    if (port or 465) != 465 if url.scheme == "smtps" else port == 465:
+        return "does not fit: Alertmanager speaks TLS from the start on port 465, and there only"
+    if url.username and url.scheme == "smtp" and url.hostname not in ("localhost", "127.0.0.1"):
+        return "names a user without TLS, which would send the password in the clear"
+    return None
+
+
+def check_monitor(problems: Problems, variables: Mapping[str, Any], where: dict[str, str]) -> None:
     """Alerts can be mailed, the user's own rules are there, and limits can be kept."""
     url = str(variables["monitor_smtp_url"])
-    if variables.get("monitor_mail_to") and not re.match(r"(smtp|smtps|smtp\+starttls)://[^/]", url):
+    fault = smtp_fault(url) if variables.get("monitor_mail_to") else None
+    if fault:
         problems.add(
-            f"monitor_smtp_url ({url}) is no address of a mail server, so no alert could be mailed",
+            f"monitor_smtp_url ({url}) {fault}, so no alert could be mailed",
             where.get("monitor_smtp_url", where.get("app_smtp_url", "group_vars")),
-            "write smtp://HOST:PORT, smtps://… or smtp+starttls://USER@HOST:PORT, or leave monitor_mail_to empty",
+            "write smtp://HOST:PORT, smtps://[USER@]HOST or smtp+starttls://[USER@]HOST:PORT, "
+            "or leave monitor_mail_to empty",
+        )
+    for name in ("monitor_public_url", "monitor_probe_url"):
+        if not re.fullmatch(r"https://\S+/", str(variables[name])):
+            problems.add(
+                f"{name} ({variables[name]}) is no https:// address with a / at its end",
+                where.get(name, "group_vars"),
+                "write it as https://NAME/",
+            )
+    own = [Path(str(file)).name for file in variables.get("monitor_rule_files", [])]
+    for name in sorted({name for name in own if own.count(name) > 1}):
+        problems.add(
+            f"two of monitor_rule_files are called {name}; on the host one would replace the other",
+            where.get("monitor_rule_files", "monitor_rule_files"),
+            "rename one of them",
         )
     for file in variables.get("monitor_rule_files", []):
         if not Path(str(file)).is_file():
@@ -228,10 +261,7 @@ def check_monitor(
                 where.get("monitor_runtime_seconds", "group_vars"),
                 "give a number",
             )
-    patience, scrape = (
-        int(variables.get(name, defaults[name]))
-        for name in ("monitor_patience_seconds", "monitor_scrape_seconds")
-    )
+    patience, scrape = (int(variables[f"monitor_{name}_seconds"]) for name in ("patience", "scrape"))
     if patience < 2 * scrape:
         problems.add(
             f"monitor_patience_seconds ({patience}) is below twice monitor_scrape_seconds ({scrape}): alerts that "
@@ -370,7 +400,16 @@ class ActionModule(ActionBase):
                 "The inventory is not ready; nothing was touched.\n\n"
                 + "\n\n".join(f"{number}. {text}" for number, text in enumerate(problems, 1))
             )
-        return {"changed": False}
+        return {"changed": False, "warnings": self._warnings(groups, hostvars)}
+
+    def _warnings(self, groups: dict[str, list[str]], hostvars: Any) -> list[str]:
+        """What may be meant."""
+        return [
+            f"Alerts of the host {host} reach nobody: set monitor_mail_to or monitor_webhook_urls."
+            for host in groups.get("monitor", [])
+            if not self._variables(hostvars, host).get("monitor_mail_to")
+            and "monitor_webhook_urls" not in hostvars.raw_get(host)
+        ]
 
     @staticmethod
     def _specs(roles: Path) -> dict[str, dict[str, Any]]:
@@ -424,8 +463,15 @@ class ActionModule(ActionBase):
             variables = self._variables(hostvars, host)
             if variables.get("nginx_tls") == "provided":
                 check_certificate(problems, variables, where)
+            if groups.get("monitor") and not variables.get("nginx_overview", True):
+                problems.add(
+                    f"nginx_overview is off for `{host}`, but there is a host in the group `monitor`, whose "
+                    "alerts lead to the page and whose probe asks for it",
+                    where.get("nginx_overview", "group_vars"),
+                    "leave the page on, or the group `monitor` empty",
+                )
         for host in groups.get("monitor", []):
-            check_monitor(problems, self._variables(hostvars, host), self._defaults("monitor"), where)
+            check_monitor(problems, self._variables(hostvars, host), where)
         check_environment(problems, self._variables(hostvars, groups["app"][0])["app_environment"], where)
         consumed: dict[str, list[str]] = {}
         published: list[str] = []

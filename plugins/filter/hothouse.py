@@ -112,10 +112,10 @@ def scrape_targets(hosts: list[Any], port: int) -> list[dict[str, str]]:
 def bcrypt_hash(password: str, user: str, rounds: int = 10) -> str:
     """The hash of a login that nginx, Prometheus and Alertmanager read; 2 ** rounds iterations.
 
-    The salt follows from the login, so that a rerun writes the same hash: it tells apart equal passwords of two
-    users, which is what a salt is for.
+    The salt follows from the user's name, so that a rerun writes the same hash, and never from the password, which it
+    would give away.
     """
-    digest = hashlib.sha256(f"{user}:{password}".encode()).digest()[:16]
+    digest = hashlib.sha256(f"hothouse:{user}".encode()).digest()[:16]
     letters = base64.b64encode(digest).decode()[:22].translate(BCRYPT_ALPHABET)
     return bcrypt.hashpw(password.encode(), f"$2b${rounds:02d}${letters}".encode()).decode()
 

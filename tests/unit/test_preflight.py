@@ -284,6 +284,15 @@ def test_a_login_that_is_weak_or_that_flower_would_misread_is_refused(
             {"monitor_smtp_url": "mail.example.com"},
             "monitor_smtp_url (mail.example.com) is no address of a mail server",
         ),
+        (
+            {"monitor_smtp_url": "smtps://ops@mail.example.com:587", "monitor_mail_to": ["a@example.com"]},
+            "Alertmanager speaks TLS from the start on port 465, and there only",
+        ),
+        ({"monitor_smtp_url": "smtp://ops@mail.example.com"}, "names a user without TLS"),
+        ({"monitor_smtp_url": "smtps://ops:secret@mail.example.com"}, "holds a password"),
+        ({"monitor_probe_url": "https://ops.example.com"}, "is no https:// address with a / at its end"),
+        ({"nginx_overview": False}, "nginx_overview is off for `staging1`"),
+        ({"monitor_rule_files": ["/a/x.yml", "/b/x.yml"]}, "two of monitor_rule_files are called x.yml"),
         ({"monitor_rule_files": ["/nowhere/rules.yml"]}, "the rule file /nowhere/rules.yml is no file"),
         ({"monitor_success_percent": 950}, "monitor_success_percent is 950, which is no share of a hundred"),
         ({"monitor_runtime_seconds": {"a.task": "10s"}}, "the limit of a.task is '10s', which is no number"),
@@ -312,3 +321,12 @@ def test_the_monitoring_runs_on_one_host(tmp_path: Path) -> None:
     inventory = Inventory(tmp_path / "inventories", "prod")
     inventory.group("monitor", {"hosts": {"beat1": {}, "nginx1": {}}})
     assert "the group `monitor` has 2 hosts; it runs on one" in inventory.refusal()
+
+
+def test_alerts_that_reach_nobody_are_worth_a_warning(inventory: Inventory) -> None:
+    inventory.group("monitor", {"hosts": {"staging1": {}}})
+    warning = "Alerts of the host staging1 reach nobody"
+    assert warning not in inventory.check().stderr + inventory.check().stdout
+    inventory.set(monitor_mail_to=[])
+    done = inventory.check()
+    assert done.returncode == 0 and warning in " ".join((done.stderr + done.stdout).split())

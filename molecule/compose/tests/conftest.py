@@ -12,7 +12,8 @@ import ssl
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,20 @@ class Stack(shared.Stack):  # type: ignore[misc]  # loaded from a file
         except (OSError, http.client.HTTPException):
             return 0
 
+    def wait_until_up(self, seconds: float = 60) -> None:
+        """Wait until Flower answers its login and hears every worker."""
+        deadline = time.monotonic() + seconds
+        while not self.is_up():
+            assert time.monotonic() < deadline, f"Flower does not show every worker after {seconds:g} s"
+            time.sleep(0.5)
+
+    def is_up(self) -> bool:
+        """Whether Flower answers its login and hears every worker."""
+        if self.answers(self.login) != 200:
+            return False
+        heard = self.request("/flower/workers?json=1", self.login).json()["data"]
+        return {worker["hostname"] for worker in heard if worker["status"]} >= set(self.workers)
+
     def ping(self, queue: str) -> str:
         """Send a task through a queue; the name of the container that ran it."""
         worker = f"worker-{self.workers[0].partition('@')[0]}"
@@ -162,6 +177,7 @@ def stack(request: pytest.FixtureRequest) -> Iterator[Stack]:
     done = found.shell(command)
     assert done.rc == 0, done.stdout[-3000:] + done.stderr[-3000:]
     with found.forwarded(443 if found.proxy else 5555):
+        found.wait_until_up()
         yield found
         assert found.redis("ACL", "LOG") in ("", "(empty array)")
     found.compose("down", "--volumes", "--remove-orphans")
@@ -170,13 +186,6 @@ def stack(request: pytest.FixtureRequest) -> Iterator[Stack]:
 
 
 @pytest.fixture
-def up(stack: Stack, wait: Callable[..., Any]) -> None:
-    """Wait until Flower answers its login and hears every worker."""
-
-    def ready() -> bool:
-        if stack.answers(stack.login) != 200:
-            return False
-        online = stack.request("/flower/workers?json=1", stack.login).json()["data"]
-        return {worker["hostname"] for worker in online if worker["status"]} >= set(stack.workers)
-
-    wait(ready, "Flower with every worker")
+def up(stack: Stack) -> None:
+    """A test before may have restarted something."""
+    stack.wait_until_up()

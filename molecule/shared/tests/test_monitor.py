@@ -71,18 +71,23 @@ def test_nothing_is_shown_without_the_login(stack: Stack, path: str) -> None:
     assert stack.request(path, stack.login).status in ((404,) if path == "/nothing" else (200, 302))
 
 
-def test_prometheus_and_alertmanager_refuse_whoever_goes_around_nginx(stack: Stack) -> None:
+def test_the_monitoring_refuses_whoever_goes_around_nginx(stack: Stack) -> None:
     host = stack.first("monitor")
     address = stack.variables[stack.group("monitor")[0]]["monitor_listen_address"]
-    for port, path in ((9090, "/prometheus/api/v1/query?query=1"), (9093, "/alertmanager/api/v2/alerts")):
-        ask = f"python3 -c \"import urllib.request as r; r.urlopen('http://{address}:{port}{path}')\""
+    for where in (
+        f"{address}:9090/prometheus/api/v1/query?query=1",
+        f"{address}:9093/alertmanager/api/v2/alerts",
+        "127.0.0.1:9115/probe?module=public&target=http://127.0.0.1:9",
+    ):
+        ask = f"python3 -c \"import urllib.request as r; r.urlopen('http://{where}')\""
         assert "HTTP Error 401" in host.run(ask).stderr
 
 
 @pytest.mark.parametrize(
     "path",
     ["/prometheus/-/quit", "/prometheus/-/reload", "/prometheus/debug/pprof/heap", "/alertmanager/-/reload",
-     "/alertmanager/debug/pprof/heap", "/prometheus//-/reload", "/prometheus/%2d/reload", "/prometheus/x/../-/reload"],
+     "/alertmanager/debug/pprof/heap", "/alertmanager/api/v2/status", "/alertmanager/api/v2/status/",
+     "/prometheus//-/reload", "/prometheus/%2d/reload", "/prometheus/x/../-/reload"],
 )  # fmt: skip
 def test_what_is_for_the_processes_themselves_is_fenced(stack: Stack, path: str) -> None:
     for method in ("GET", "POST"):
