@@ -459,3 +459,45 @@ def test_a_mail_says_what_is_wrong_how_bad_it_is_and_where_to_read_on(mails: Mai
         texts[0],
         re.MULTILINE,
     )
+
+
+HOOK = """
+import http.server, sys
+class Hook(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        print(self.path, body, flush=True)
+        self.send_response(200)
+        self.end_headers()
+http.server.HTTPServer(("127.0.0.1", 8099), Hook).serve_forever()
+"""
+
+
+def test_a_webhook_gets_what_the_mails_say(stack: Stack, wait: Callable[..., Any]) -> None:
+    host = stack.first("monitor")
+    script = base64.b64encode(HOOK.encode()).decode()
+    host.check_output(
+        "systemd-run --quiet --collect --unit=webhook-test "
+        f"python3 -c 'import base64; exec(base64.b64decode(\"{script}\"))'"
+    )
+
+    def told(status: str) -> bool:
+        lines = host.check_output("journalctl --unit=webhook-test --output=cat --no-pager").splitlines()
+        bodies = [json.loads(line.partition(" ")[2]) for line in lines if line.startswith("/hook-")]
+        return any(
+            alert["labels"]["alertname"] == "BeatDown" and alert["status"] == status
+            for body in bodies
+            for alert in body["alerts"]
+        )
+
+    try:
+        urls = {"monitor_webhook_urls": ["http://127.0.0.1:8099/hook-of-a-secret-name"]}
+        done = stack.playbook("playbooks/monitor.yml", "--diff", "--extra-vars", json.dumps(urls))
+        assert "hook-of-a-secret-name" not in done.stdout
+        reachable(stack, wait)
+        with stopped(stack, "beat", "celery-beat.service"):
+            wait(lambda: told("firing"), "the alert at the webhook", 60)
+        wait(lambda: told("resolved"), "its end at the webhook", 60)
+    finally:
+        host.check_output("systemctl stop webhook-test.service")
+        stack.playbook("playbooks/monitor.yml")
