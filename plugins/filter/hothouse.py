@@ -16,8 +16,8 @@ BCRYPT_ALPHABET = str.maketrans(
 )
 
 
-def worker_instances(pools: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """One entry per pool and replica: the `name` of the unit's instance and the worker's `options`.
+def worker_instances(pools: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One entry per pool and replica: the `name` of the unit's instance, the worker's `options` and its `queues`.
 
     Sizes in `max_memory_per_child_mb` are MiB, limits are seconds; keys as in roles/worker/meta/argument_specs.yml.
     """
@@ -38,13 +38,17 @@ def worker_instances(pools: list[dict[str, Any]]) -> list[dict[str, str]]:
             if pool.get(key) is not None:
                 options.append(f"{option}={int(pool[key]) * factor}")
         instances += [
-            {"name": f"{pool['name']}-{replica}", "options": " ".join(options)}
+            {
+                "name": f"{pool['name']}-{replica}",
+                "options": " ".join(options),
+                "queues": list(pool["queues"]),
+            }
             for replica in range(1, int(pool.get("replicas", 1)) + 1)
         ]
     return instances
 
 
-def worker_files(instances: list[dict[str, str]]) -> list[dict[str, Any]]:
+def worker_files(instances: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Entries for hothouse_files: the options of each instance, read by the unit celery-worker@.service."""
     return [
         {
@@ -56,7 +60,7 @@ def worker_files(instances: list[dict[str, str]]) -> list[dict[str, Any]]:
     ]
 
 
-def worker_units(instances: list[dict[str, str]], restart_after: list[str]) -> list[dict[str, Any]]:
+def worker_units(instances: list[dict[str, Any]], restart_after: list[str]) -> list[dict[str, Any]]:
     """Entries for hothouse_units: each instance enabled, started, and restarted after its files changed."""
     return [
         {
@@ -82,23 +86,18 @@ def credential_files(credentials: dict[str, str], owner: str) -> list[dict[str, 
     ]
 
 
-def worker_names(hosts: list[Any]) -> list[str]:
-    """The names under which the workers of these hosts (their variables) appear in Celery and Flower."""
-    return [
-        f"{instance['name']}@{host['inventory_hostname']}"
+def worker_queues(hosts: list[Any]) -> dict[str, list[str]]:
+    """The queues that each worker of these hosts (their variables) consumes, by its name in Celery and Flower."""
+    return {
+        f"{instance['name']}@{host['inventory_hostname']}": instance["queues"]
         for host in hosts
         for instance in worker_instances(host["worker_pools"])
-    ]
-
-
-def worker_queues(hosts: list[Any]) -> dict[str, list[str]]:
-    """The queues that each worker of these hosts (their variables) consumes, by the worker's name."""
-    return {
-        f"{pool['name']}-{replica}@{host['inventory_hostname']}": list(pool["queues"])
-        for host in hosts
-        for pool in host["worker_pools"]
-        for replica in range(1, int(pool.get("replicas", 1)) + 1)
     }
+
+
+def worker_names(hosts: list[Any]) -> list[str]:
+    """The names under which the workers of these hosts (their variables) appear in Celery and Flower."""
+    return list(worker_queues(hosts))
 
 
 def scrape_targets(hosts: list[Any], port: int) -> list[dict[str, str]]:
@@ -120,13 +119,13 @@ def bcrypt_hash(password: str, user: str, rounds: int = 10) -> str:
     return bcrypt.hashpw(password.encode(), f"$2b${rounds:02d}${letters}".encode()).decode()
 
 
-def copies(names: list[str], source: str, folder: str, **options: Any) -> list[dict[str, Any]]:
+def copies(names: list[str], source: str, folder: str) -> list[dict[str, Any]]:
     """Entries for hothouse_files: files of the controller in `source` as they are, in a folder of the host."""
     folders = sorted({str(parent) for name in names for parent in PurePath(name).parents} - {"."})
     return [
         {"path": folder, "state": "directory"},
         *({"path": f"{folder}/{name}", "state": "directory"} for name in folders),
-        *({"path": f"{folder}/{name}", "source": f"{source}/{name}", **options} for name in names),
+        *({"path": f"{folder}/{name}", "source": f"{source}/{name}"} for name in names),
     ]
 
 
