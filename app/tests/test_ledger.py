@@ -25,7 +25,10 @@ def claim(book: Ledger, campaign_id: str, number: int = 0, owner: str = "me", se
 
 
 def expire(book: Ledger, campaign_id: str) -> tuple[int, int]:
-    return wait_until(lambda: result if any(result := book.expire_claims(campaign_id)) else None)  # type: ignore[no-any-return]
+    expired: tuple[int, int] = wait_until(
+        lambda: result if any(result := book.expire_claims(campaign_id)) else None
+    )
+    return expired
 
 
 def test_a_campaign_is_read_as_it_was_written(book: Ledger) -> None:

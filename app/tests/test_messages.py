@@ -150,7 +150,7 @@ def test_a_template_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
 
 def bundle(files: dict[str, bytes], mode: str = "w:gz") -> bytes:
     data = io.BytesIO()
-    with tarfile.open(fileobj=data, mode=mode) as archive:  # type: ignore[call-overload]
+    with tarfile.open(fileobj=data, mode=mode) as archive:  # type: ignore[call-overload]  # wants a literal
         for name, content in files.items():
             member = tarfile.TarInfo(name)
             member.size = len(content)
