@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import email
 import secrets
+import signal
 import socket
 import subprocess
 import threading
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from email.message import Message
 from pathlib import Path
@@ -58,28 +60,50 @@ class Redis:
     url: str
     admin_url: str
 
+    process: subprocess.Popen[bytes]
+    port: int
+
+    def pause(self) -> None:
+        self.process.send_signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+PASSWORDS = {"admin": secrets.token_hex(8), "app": secrets.token_hex(8)}
+
+
+@contextmanager
+def running_redis(folder: Path, *lines: str) -> Iterator[Redis]:
+    """A Redis with these lines of configuration; all of them have the same passwords."""
+    port = free_port()
+    rules = (HERE / "redis.acl").read_text().strip()
+    configuration = folder / "redis.conf"
+    folder.mkdir(exist_ok=True)
+    configuration.write_text(
+        f'port {port}\nbind 127.0.0.1\ndir {folder}\nsave ""\nuser default off\n'
+        f"user admin on >{PASSWORDS['admin']} ~* &* +@all\nuser app {rules} >{PASSWORDS['app']}\n"
+        f"masteruser admin\nmasterauth {PASSWORDS['admin']}\nrepl-diskless-sync-delay 0\n" + "\n".join(lines)
+    )
+    with subprocess.Popen(["redis-server", configuration], stdout=(folder / "log").open("w")) as server:
+        urls = {user: f"redis://{user}:{word}@127.0.0.1:{port}/0" for user, word in PASSWORDS.items()}
+        admin = redis.Redis.from_url(urls["admin"], decode_responses=True)
+        try:
+            wait_until(lambda: "ready to accept" in (folder / "log").read_text().lower())
+            yield Redis(admin, urls["app"], urls["admin"], server, port)
+        finally:
+            server.send_signal(signal.SIGCONT)
+            server.terminate()
+
 
 @pytest.fixture(scope="session")
 def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Redis]:
-    folder = tmp_path_factory.mktemp("redis")
-    port, passwords = free_port(), [secrets.token_hex(8) for _ in range(2)]
-    rules = (HERE / "redis.acl").read_text().strip()
-    configuration = folder / "redis.conf"
-    configuration.write_text(
-        f'port {port}\nbind 127.0.0.1\ndir {folder}\nsave ""\nuser default off\n'
-        f"user admin on >{passwords[0]} ~* &* +@all\nuser app {rules} >{passwords[1]}\n"
-    )
-    with subprocess.Popen(["redis-server", configuration], stdout=(folder / "log").open("w")) as server:
-        urls = [
-            f"redis://{user}:{password}@127.0.0.1:{port}/0"
-            for user, password in zip(("admin", "app"), passwords, strict=True)
-        ]
-        admin = redis.Redis.from_url(urls[0], decode_responses=True)
-        try:
-            wait_until(lambda: "ready to accept" in (folder / "log").read_text().lower())
-            yield Redis(admin, urls[1], urls[0])
-        finally:
-            server.terminate()
+    with running_redis(tmp_path_factory.mktemp("redis")) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")
@@ -178,6 +202,7 @@ class MailServer:
     rcpt_replies: dict[str, deque[Any]] = field(default_factory=lambda: defaultdict(deque))
     data_replies: dict[str, deque[Any]] = field(default_factory=lambda: defaultdict(deque))
     on_rcpt: Callable[[str], None] = lambda address: None
+    on_data: Callable[[str], None] = lambda address: None
     hanging: threading.Event = field(default_factory=threading.Event)
     _controller: Controller | None = None
 
@@ -229,6 +254,7 @@ class MailServer:
 
     async def handle_DATA(self, server: Any, session: Any, envelope: Any) -> str:
         [address] = envelope.rcpt_tos
+        self.on_data(address)
         replies = self.data_replies[address]
         reply = replies.popleft() if replies else "250 OK queued"
         if reply in (DROP, HANG) or str(reply).startswith("250"):

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 from conftest import DROP, MailServer, campaign_of, forget_settings, run_until_finished
 
-from campaigns import cli
+from campaigns import cli, store
 from campaigns.store import Ledger
 from campaigns.tasks import send_batch
 
@@ -180,6 +180,72 @@ def test_show_names_failures_and_doubts(book: Ledger, celery: Any, mail_server: 
     assert report["finished_at"].endswith("+00:00")
 
 
+def test_show_lists_the_queue_ids_of_what_was_sent(book: Ledger, mail_server: MailServer) -> None:
+    mail_server.data_replies["user0@example.com"].append("250 2.0.0 Ok: queued as 4F1C9A2E")
+    campaign = campaign_of(book, 2)
+    send_batch(campaign.id, 0)
+    text = run("show", campaign.id, "--state", "sent").stdout
+    assert "sent: user0@example.com (250 2.0.0 Ok: queued as 4F1C9A2E)" in text
+    report = json.loads(run("show", campaign.id, "--json", "--state", "sent", "--state", "failed").stdout)
+    assert [record["state"] for record in report["sent"]] == ["sent", "sent"]
+    assert report["failed"] == []
+    assert "ambiguous" not in report
+
+
+def test_the_policy_is_the_settings_unless_the_command_says_otherwise(
+    book: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert book.campaign(create(*WELCOME).stdout.strip()).ambiguous == "hold"
+    monkeypatch.setenv("CAMPAIGNS_AMBIGUOUS", "resend")
+    campaign_id = create(*WELCOME).stdout.strip()
+    assert "if ambiguous: resend" in run("show", campaign_id).stdout
+    assert book.campaign(create(*WELCOME, "--ambiguous", "hold").stdout.strip()).ambiguous == "hold"
+    refused(create(*WELCOME, "--ambiguous", "x"), "'x' is not one of 'hold', 'resend'", code=2)
+    monkeypatch.setenv("CAMPAIGNS_AMBIGUOUS", "x")
+    refused(create(*WELCOME), "CAMPAIGNS_AMBIGUOUS must be hold or resend, not 'x'", code=3)
+
+
+@pytest.fixture
+def in_doubt(book: Ledger, celery: Any, mail_server: MailServer) -> str:
+    """A finished campaign of 5 with 3 ambiguous recipients."""
+    for number in range(3):
+        mail_server.data_replies[f"user{number}@example.com"].append(DROP)
+    campaign = campaign_of(book, 5)
+    run_until_finished(celery, book, campaign.id)
+    return campaign.id
+
+
+def test_resolve_ends_doubts_of_a_finished_campaign(
+    book: Ledger, celery: Any, mail_server: MailServer, in_doubt: str
+) -> None:
+    result = run("resolve", in_doubt, "USER0@example.com", "--sent")
+    assert result.stdout == "1 sent, 2 still ambiguous\n"
+    result = run("resolve", in_doubt, "--resend")
+    assert result.stdout == "2 to be sent again, 0 still ambiguous\n"
+    assert run_until_finished(celery, book, in_doubt)["sent"] == 5
+    assert mail_server.received() == {
+        **{f"user{number}@example.com": 1 for number in range(5)},
+        "user1@example.com": 2,
+        "user2@example.com": 2,
+    }
+    text = run("show", in_doubt).stdout
+    assert "possibly twice: user1@example.com (now sent: 250 OK queued)" in text
+    assert "  possibly twice: 2\n" in text
+    assert "possibly twice: 1 more, see --limit" in run("show", in_doubt, "--limit", "1").stdout
+
+
+def test_resolve_refuses_what_it_cannot_do(book: Ledger, in_doubt: str) -> None:
+    refused(run("resolve", in_doubt), "give --sent or --resend", code=2)
+    refused(run("resolve", in_doubt, "--sent", "user4@example.com", "x"), "not ambiguous", "user4@", "x")
+    assert book.counts(in_doubt)["ambiguous"] == 3
+    campaign = campaign_of(book, 1)
+    claim = book.claim(campaign.id, 0, "me", 60)
+    assert claim
+    book.settle(claim, "ambiguous", "lost")
+    book.cancel(campaign.id)
+    refused(run("resolve", campaign.id, "--resend"), "is cancelled, it sends nothing again")
+
+
 def test_show_says_why_a_campaign_waits(book: Ledger, mail_server: MailServer) -> None:
     mail_server.stop()
     campaign = campaign_of(book, 1)
@@ -203,9 +269,9 @@ def test_a_finished_campaign_cannot_be_cancelled(book: Ledger, celery: Any, mail
     refused(run("cancel", campaign.id), "is finished")
 
 
-@pytest.mark.parametrize("command", ["show", "cancel"])
+@pytest.mark.parametrize("command", ["show", "cancel", "resolve --sent"])
 def test_an_unknown_campaign_is_refused(book: Ledger, command: str) -> None:
-    refused(run(command, "nope"), "no campaign nope")
+    refused(run(*command.split(), "nope"), "no campaign nope")
 
 
 def test_a_missing_setting_is_named(book: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,7 +280,10 @@ def test_a_missing_setting_is_named(book: Ledger, monkeypatch: pytest.MonkeyPatc
     refused(create(*WELCOME), "redis_url", "CREDENTIALS_DIRECTORY", code=3)
 
 
-def test_a_redis_that_does_not_answer_is_named(book: Ledger, tmp_path: Path) -> None:
+def test_a_redis_that_does_not_answer_is_named(
+    book: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "PATIENCE_SECONDS", 0.3)
     (tmp_path / "redis_url").write_text("redis://app:secret@127.0.0.1:1/0")
     forget_settings()
     result = run("list")

@@ -1,4 +1,4 @@
-"""What the deployment adds to any application, hothouse_celery.py: lines of the log, and the age of messages.
+"""What the deployment adds to any application, hothouse_celery: lines of the log, and the age of messages.
 
 A real worker runs it. Its log is a file that it takes for the journal or not, by $JOURNAL_STREAM.
 """
@@ -6,29 +6,22 @@ A real worker runs it. Its log is a file that it takes for the journal or not, b
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import Redis, wait_until
+from hosts import python, send, set_up, worker
 
-TESTS = Path(__file__).parent
-SHIM = TESTS.parents[1] / "roles/prepare/files"
 LINE_MAX = 48 * 1024  # journald.conf(5)
 
 PAIR = r'([A-Za-z_][\w.-]*)=("(?:[^"\\]|\\.)*"|[^\s"=\\]+)'
 LINE = re.compile(rf"(?:<(?P<priority>[0-7])>)?(?P<pairs>{PAIR}(?: {PAIR})*)")
 
 Line = dict[str, str]
-Start = Callable[..., list[str]]
 
 
 def parse(text: str) -> Line:
@@ -44,59 +37,10 @@ def parse(text: str) -> Line:
 @pytest.fixture
 def shim(redis_server: Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Redis]:
     """The environment of a unit, with an empty queue."""
-    settings = {
-        "broker_transport_options": {"global_keyprefix": "q:"},
-        "result_backend": "disabled://",
-        "task_default_queue": "trials",
-        "task_acks_late": True,
-        "worker_prefetch_multiplier": 1,
-        "worker_redirect_stdouts": False,
-    }
-    (tmp_path / "broker_url").write_text(redis_server.admin_url)
-    (tmp_path / "celery.json").write_text(json.dumps(settings))
-    for name, value in {
-        "CREDENTIALS_DIRECTORY": tmp_path,
-        "HOTHOUSE_SETTINGS": tmp_path / "celery.json",
-        "HOTHOUSE_APP": "trials:app",
-        "PYTHONPATH": f"{SHIM}:{TESTS}",
-        "PYTHONDONTWRITEBYTECODE": 1,
-        "PYTHONUNBUFFERED": 1,
-    }.items():
-        monkeypatch.setenv(name, str(value))
+    set_up(monkeypatch, tmp_path, redis_server.admin_url)
     redis_server.admin.delete("q:trials")
     yield redis_server
     redis_server.admin.delete("q:trials")
-
-
-def send(*calls: tuple[str, list[Any]]) -> list[str]:
-    """Send tasks as any process of the deployment does; their ids."""
-    code = (
-        "import hothouse_celery, json, sys\n"
-        "for name, args in json.load(sys.stdin):\n"
-        "    print(hothouse_celery.app.tasks[f'trials.{name}'].delay(*args).id)"
-    )
-    sent = subprocess.run(
-        [sys.executable, "-c", code], input=json.dumps(calls), capture_output=True, text=True, check=True
-    )
-    return sent.stdout.split()
-
-
-@contextmanager
-def worker(log: Path, *options: str, journal: bool = True) -> Iterator[subprocess.Popen[bytes]]:
-    # Who runs the tests as root is warned before there is a log.
-    command = [sys.executable, "-W", "ignore:You're running the worker", "-m", "celery"]
-    command += ["--quiet", "--app", "hothouse_celery", "worker"]
-    command += ["--loglevel", "INFO", "--without-gossip", "--without-mingle", *options]
-    with log.open("ab") as output:
-        status = os.fstat(output.fileno())
-        environment = {**os.environ, "JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino + (not journal)}"}
-        with subprocess.Popen(command, stdout=output, stderr=output, env=environment) as process:
-            try:
-                yield process
-                process.send_signal(signal.SIGTERM)
-                assert process.wait(30) == 0
-            finally:
-                process.kill()
 
 
 def records(log: Path) -> list[str]:
@@ -227,7 +171,7 @@ def test_handlers_and_formatters_of_the_application_stay(shim: Redis) -> None:
         "for logger in (root, logging.getLogger('celery.task')):\n"
         "    print([type(handler.formatter).__name__ for handler in logger.handlers if handler.formatter])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = python("-c", code)
     assert done.stdout.splitlines() == ["['Formatter']", "['Logfmt']"]
 
 
@@ -251,3 +195,11 @@ def test_a_message_tells_when_it_was_published_even_after_it_came_back(shim: Red
         queue.close()
     assert head()["headers"]["published"] == published
     assert head()["headers"]["redelivered"]
+
+
+def test_a_queue_is_pinged_without_a_warning(shim: Redis, tmp_path: Path) -> None:
+    set_up(pytest.MonkeyPatch(), tmp_path, shim.admin_url, result_backend=shim.admin_url)
+    with worker(tmp_path / "worker.log", "--pool=solo"):
+        asked = python("-W", "always", "-m", "hothouse_celery", "ping", "trials")
+    assert list(json.loads(asked.stdout)) == ["trials"]
+    assert "DuplicateTaskName" not in asked.stderr

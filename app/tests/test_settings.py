@@ -91,6 +91,14 @@ def test_a_bad_number_is_refused_by_name(value: str, monkeypatch: pytest.MonkeyP
         settings.check_seconds()
 
 
+@pytest.mark.parametrize("value", ["-1", "11", "all"])
+def test_a_bad_number_of_replicas_is_refused(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert settings.confirm_replicas() == 0
+    monkeypatch.setenv("CAMPAIGNS_CONFIRM_REPLICAS", value)
+    with pytest.raises(SettingsError, match="CAMPAIGNS_CONFIRM_REPLICAS must be a whole number from 0 to 10"):
+        settings.confirm_replicas()
+
+
 def test_only_the_settings_module_reads_the_environment() -> None:
     source = Path(settings.__file__).parent
     readers = {path.name for path in source.glob("*.py") if "environ" in path.read_text()}

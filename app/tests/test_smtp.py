@@ -82,6 +82,19 @@ def test_a_server_that_drops_every_session_before_data(mail_server: MailServer) 
         assert send(mailer, "b@example.com")
 
 
+def test_a_server_that_drops_two_mails_in_a_row_is_unreachable(mail_server: MailServer) -> None:
+    for to in ("a@example.com", "c@example.com", "d@example.com"):
+        mail_server.rcpt_replies[to].extend([DROP, DROP])
+    with Mailer(server_of(mail_server)) as mailer:
+        with pytest.raises(Dropped):
+            send(mailer)
+        assert send(mailer, "b@example.com")
+        with pytest.raises(Dropped):
+            send(mailer, "c@example.com")
+        with pytest.raises(Unreachable):
+            send(mailer, "d@example.com")
+
+
 @pytest.mark.parametrize("reply", [DROP, HANG, "999 what"])
 def test_no_answer_after_the_mail_has_left_is_doubt(mail_server: MailServer, reply: object) -> None:
     mail_server.data_replies["a@example.com"].append(reply)

@@ -25,7 +25,7 @@ from conftest import (
     wait_until,
 )
 
-from campaigns import messages, tasks
+from campaigns import messages, smtp, tasks
 from campaigns.store import MOST_ATTEMPTS, Ledger, UnknownCampaign
 from campaigns.tasks import check_scheduled_campaigns, finalize_campaign, send_batch
 
@@ -207,6 +207,49 @@ def test_a_connection_dropped_after_data_is_held_as_ambiguous(
     assert mail_server.received() == everybody(3)
     [record] = book.records(campaign.id, "ambiguous", 10)
     assert record.email == "user1@example.com"
+
+
+def test_a_mail_in_doubt_is_resent_once_if_the_campaign_says_so(
+    book: Ledger, celery: Any, mail_server: MailServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mail_server.data_replies["user0@example.com"].append(DROP)
+    mail_server.data_replies["user1@example.com"].extend([DROP, DROP])
+    campaign = campaign_of(book, 3, ambiguous="resend")
+    assert send_batch(campaign.id, 0) == send_batch_result(sent=1, ambiguous=2)
+    assert check_scheduled_campaigns()["resent"] == 0, "not before a pause"
+    monkeypatch.setenv("CAMPAIGNS_RETRY_SECONDS", "1")
+    final = run_until_finished(celery, book, campaign.id)
+    assert (final["sent"], final["ambiguous"]) == (2, 1)
+    twice = {record.email: record.state for record in book.resent(campaign.id)}
+    assert twice == {"user0@example.com": "sent", "user1@example.com": "ambiguous"}
+    assert mail_server.received() == {**everybody(3), "user0@example.com": 2, "user1@example.com": 2}
+    ids = {mail["Message-ID"] for address, mail in mail_server.mails if address == "user0@example.com"}
+    assert len(ids) == 1, "so that receivers can tell"
+
+
+def test_greylisting_after_the_mail_was_read_is_retried(
+    book: Ledger, celery: Any, mail_server: MailServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CAMPAIGNS_RETRY_SECONDS", "1")
+    for number in range(3):
+        mail_server.data_replies[f"user{number}@example.com"].append("451 4.7.1 greylisted, try again")
+    campaign = campaign_of(book, 3)
+    assert send_batch(campaign.id, 0) == send_batch_result(retry=3)
+    final = run_until_finished(celery, book, campaign.id)
+    assert (final["sent"], final["ambiguous"]) == (3, 0)
+    assert mail_server.received() == everybody(3)
+
+
+def test_a_server_that_is_too_slow_lets_the_campaign_wait_and_costs_no_attempt(
+    book: Ledger, celery: Any, mail_server: MailServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(smtp, "COMMAND_SECONDS", 0.2)
+    for number in range(10):
+        mail_server.rcpt_replies[f"user{number}@example.com"].extend([HANG, HANG])
+    campaign = campaign_of(book, 10)
+    assert send_batch(campaign.id, 0) == send_batch_result(retry=1, waiting=1)
+    assert "timed out" in (book.campaign(campaign.id).waiting_for or "")
+    assert sorted(record.attempts for record in book.records(campaign.id, "pending")) == [0] * 9 + [1]
 
 
 def test_an_unreachable_server_costs_nothing_but_time(

@@ -5,9 +5,11 @@ import os
 import signal
 import time
 import warnings
+from pathlib import Path
 from typing import Any
 
 from celery import Celery
+from celery.signals import task_received
 from celery.utils.log import get_task_logger
 
 app = Celery("trials")
@@ -48,6 +50,31 @@ def lose() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@app.task(default_retry_delay=0.1, max_retries=None)
+def kill(runs: str, plan: list[str]) -> None:
+    """Note the run in a file, and kill what the plan says for this one: the child, the worker, or nothing."""
+    with Path(runs).open("a+") as file:
+        file.write(f"{time.time()}\n")
+        file.flush()
+        file.seek(0)
+        victim = plan[min(len(file.readlines()), len(plan)) - 1]
+    if victim == "worker":
+        os.kill(os.getppid(), signal.SIGKILL)
+    if victim:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 @app.task(time_limit=1)
 def hang() -> None:
     time.sleep(60)
+
+
+@app.task
+def stop_consumer() -> None:
+    """The worker that receives this hangs in its main process, where it takes tasks."""
+
+
+@task_received.connect
+def block(request: Any, **_signal: Any) -> None:
+    if request.name == stop_consumer.name:
+        time.sleep(60)

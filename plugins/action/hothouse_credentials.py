@@ -51,6 +51,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
             "name": {"type": "str", "required": True},
             "common_name": {"type": "str"},
             "alt_names": {"type": "list", "elements": "str", "required": True},
+            "client_auth": {"type": "bool", "default": False},
         },
     },
     "ca_file": {"type": "str"},
@@ -228,8 +229,10 @@ class Authority:
             else hashes.SHA256()
         )
 
-    def issue(self, subject: str, names: list[x509.GeneralName]) -> tuple[str, str]:
-        """Key and certificate of a server, in PEM."""
+    def issue(
+        self, subject: str, names: list[x509.GeneralName], uses: x509.ExtendedKeyUsage
+    ) -> tuple[str, str]:
+        """Key and certificate of a host, in PEM."""
         key = ec.generate_private_key(ec.SECP256R1())
         days = min(CERTIFICATE_DAYS, days_left(self.certificate))
         authority = x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key())
@@ -241,25 +244,32 @@ class Authority:
             .add_extension(x509.SubjectAlternativeName(names), critical=False)
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(key_usage("digital_signature"), critical=True)
-            .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+            .add_extension(uses, critical=False)
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
             .add_extension(authority, critical=False)
         )
         return private_pem(key), public_pem(builder.sign(self.key, self.digest()))
 
     def still_good(
-        self, key: Any, certificate: x509.Certificate, subject: str, names: list[x509.GeneralName]
+        self,
+        key: Any,
+        certificate: x509.Certificate,
+        subject: str,
+        names: list[x509.GeneralName],
+        uses: x509.ExtendedKeyUsage,
     ) -> bool:
         """Whether an issued certificate can stay."""
         try:
             certificate.verify_directly_issued_by(self.certificate)
             present = list(certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value)
+            present_uses = certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
         except (ValueError, TypeError, InvalidSignature, x509.ExtensionNotFound):
             return False
         return (
             certificate.public_key() == key.public_key()
             and certificate.subject == common_name(subject)
             and set(present) == set(names)
+            and present_uses == uses
             and days_left(certificate) >= RENEWAL_DAYS
         )
 
@@ -286,6 +296,12 @@ def key_usage(*allowed: str) -> x509.KeyUsage:
     uses = ["digital_signature", "content_commitment", "key_encipherment", "data_encipherment"]
     uses += ["key_agreement", "key_cert_sign", "crl_sign", "encipher_only", "decipher_only"]
     return x509.KeyUsage(**{use: use in allowed for use in uses})
+
+
+def extended_uses(certificate: dict[str, Any]) -> x509.ExtendedKeyUsage:
+    """What a wanted certificate may be shown for: by a server, and if asked for by a client as well."""
+    client = [ExtendedKeyUsageOID.CLIENT_AUTH] if certificate.get("client_auth") else []
+    return x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, *client])
 
 
 def general_names(certificate: dict[str, Any]) -> list[x509.GeneralName]:
@@ -365,14 +381,14 @@ def generate(document: Document, options: dict[str, Any]) -> list[str]:
         authority = Authority(document)
         generated += authority.generated
         for wanted in options["certificates"]:
-            names = general_names(wanted)
+            names, uses = general_names(wanted), extended_uses(wanted)
             subject = wanted["common_name"] or wanted["alt_names"][0]
             key_name, certificate_name = f"{wanted['name']}_key", f"{wanted['name']}_certificate"
             if document.has(key_name) and document.has(certificate_name):
                 key, certificate = load_key(document, key_name), load_certificate(document, certificate_name)
-                if authority.still_good(key, certificate, subject, names):
+                if authority.still_good(key, certificate, subject, names, uses):
                     continue
-            key_pem, certificate_pem = authority.issue(subject, names)
+            key_pem, certificate_pem = authority.issue(subject, names, uses)
             document.set(key_name, key_pem)
             document.set(certificate_name, certificate_pem)
             generated += [key_name, certificate_name]
@@ -383,6 +399,11 @@ def assert_names(options: dict[str, Any]) -> None:
     """Raises AnsibleActionFail when names cannot be keys of one dictionary, or a common name is too long."""
     wanted = [*options["passwords"], *options["users"], "ca_key", "ca_certificate"]
     for certificate in options["certificates"]:
+        # May hold the name of a host.
+        if not re.fullmatch(r"[a-z][A-Za-z0-9_.-]*", certificate["name"]):
+            raise AnsibleActionFail(
+                f"`{certificate['name']}` cannot name a certificate: use letters, digits and _ . - only."
+            )
         wanted += [f"{certificate['name']}_key", f"{certificate['name']}_certificate"]
         general_names(certificate)
         subject = certificate["common_name"] or certificate["alt_names"][0]
@@ -390,11 +411,12 @@ def assert_names(options: dict[str, Any]) -> None:
             raise AnsibleActionFail(
                 f"The common name `{subject}` is longer than 64 characters. Set `common_name`."
             )
-    for name in wanted:
+    for name in [*options["passwords"], *options["users"]]:
         if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
             raise AnsibleActionFail(
                 f"`{name}` cannot name a credential: use lower-case letters, digits and _ only."
             )
+    for name in wanted:
         if wanted.count(name) > 1:
             raise AnsibleActionFail(f"The credential `{name}` is asked for more than once.")
 

@@ -15,6 +15,7 @@ import yaml
 from ansible.errors import AnsibleActionFail, AnsibleError
 from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
 from ansible.plugins.action import ActionBase
+from ansible.plugins.loader import filter_loader
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
@@ -32,6 +33,11 @@ ENVIRONMENT_VARIABLES = (
     "credentials_file",
     "credentials_require_vault",
     "private_address",
+    "private_ca_certificates",
+    "private_certificate",
+    "private_key",
+    "private_services",
+    "private_tls",
 )
 
 
@@ -47,7 +53,7 @@ class Problems(list[str]):
 def check_groups(
     problems: Problems, groups: dict[str, list[str]], nouns: set[str], needed: list[str]
 ) -> None:
-    """Every needed group has hosts, every host has a group that means something, Redis is one host."""
+    """Every needed group has hosts, every host has a group that means something, Redis has a majority."""
     for group in needed:
         if not groups.get(group):
             problems.add(
@@ -62,7 +68,19 @@ def check_groups(
                 "hosts.yml of the inventory",
                 f"put it into one of {', '.join(sorted(nouns))}, or remove it",
             )
-    for group in ("redis", "flower", "monitor"):
+    count = len(groups.get("redis", []))
+    if count > 1 and count % 2 == 0:
+        problems.add(
+            f"the group `redis` has {count} hosts: a majority of them has to agree on who is the primary, so "
+            + (
+                "none may fail, which is worse than one host"
+                if count == 2
+                else f"no more may fail than of {count - 1}"
+            ),
+            "hosts.yml of the inventory",
+            f"name {' or '.join(str(number) for number in (count - 1, count + 1))} hosts under `redis:`",
+        )
+    for group in ("flower", "monitor"):
         if len(groups.get(group, [])) > 1:
             problems.add(
                 f"the group `{group}` has {len(groups[group])} hosts; it runs on one",
@@ -168,6 +186,59 @@ def check_address(problems: Problems, host: str, address: str, where: dict[str, 
         )
 
 
+def is_network(text: Any) -> bool:
+    """Whether a value is an address or a network."""
+    try:
+        ipaddress.ip_network(str(text), strict=False)
+    except ValueError:
+        return False
+    return True
+
+
+def is_port(text: Any) -> bool:
+    """Whether a value is a port, or a range of them with the lower one first."""
+    match = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", str(text))
+    return bool(match) and 1 <= int(match[1]) <= int(match[2] or match[1]) <= 65535
+
+
+def check_firewall(problems: Problems, values: Mapping[str, Any], where: dict[str, str]) -> None:
+    """What the firewall lets in are ports, and addresses; the time servers are names; the limits leave time."""
+    rules = values["prepare_firewall_rules"]
+    networks = [("prepare_ssh_addresses", text) for text in values["prepare_ssh_addresses"]]
+    networks += [("prepare_firewall_rules", text) for rule in rules for text in rule.get("from") or []]
+    for name, text in networks:
+        if not is_network(text):
+            problems.add(
+                f"{name}: {text} is no IP address and no network",
+                where.get(name, "group_vars"),
+                "write it like 192.0.2.10, 192.0.2.0/24 or 2001:db8::/32; the firewall does not know names",
+            )
+    ports = [("prepare_ssh_port", values["prepare_ssh_port"])]
+    ports += [("prepare_firewall_rules", rule["port"]) for rule in rules]
+    for name, port in ports:
+        if not is_port(port) or (name == "prepare_ssh_port" and "-" in str(port)):
+            problems.add(
+                f"{name}: {port} is no port",
+                where.get(name, "group_vars"),
+                "give a number from 1 to 65535"
+                + (", or a range such as 60000-61000" if name == "prepare_firewall_rules" else ""),
+            )
+    for server in values["prepare_ntp_servers"]:
+        if not re.fullmatch(r"[A-Za-z0-9.:-]+", str(server)):
+            problems.add(
+                f"prepare_ntp_servers: {server!r} is no name or address of a time server",
+                where.get("prepare_ntp_servers", "group_vars"),
+                "give names and addresses only, such as ntp1.example.com",
+            )
+    for name, least in (("prepare_firewall_rollback_seconds", 10), ("prepare_clock_skew_seconds", 0.5)):
+        if float(values[name]) < least:
+            problems.add(
+                f"{name} is {values[name]}, which leaves no time for a connection to be opened",
+                where.get(name, "group_vars"),
+                f"give at least {least}",
+            )
+
+
 def check_certificate(problems: Problems, variables: Mapping[str, Any], where: dict[str, str]) -> None:
     """The user's own certificate is there and its key is the one that belongs to it."""
     names = ("nginx_certificate_file", "nginx_certificate_key_file")
@@ -195,6 +266,53 @@ def check_certificate(problems: Problems, variables: Mapping[str, Any], where: d
             where.get(names[1], "group_vars"),
             "give the certificate, its chain behind it, and its key without a passphrase",
         )
+
+
+def check_acme(
+    problems: Problems, host: str, variables: Mapping[str, Any], where: dict[str, str], taken: dict[str, str]
+) -> None:
+    """Each name is one that an ACME server can ask for over HTTP, and leads to this host alone.
+
+    taken: name → host of those before this one.
+    """
+    directory = str(variables.get("nginx_acme_directory", "https://acme-v02.api.letsencrypt.org/directory"))
+    if not re.fullmatch(r"https://[^\s'\"]+", directory):
+        problems.add(
+            f"nginx_acme_directory ({directory}) is no https:// address",
+            where.get("nginx_acme_directory", "group_vars"),
+            "give the directory of an ACME server, or leave it out for Let's Encrypt",
+        )
+    file = str(variables.get("nginx_acme_ca_file") or "")
+    if file and not Path(file).is_file():
+        problems.add(
+            f"nginx_acme_ca_file ({file}) is no file on the controller",
+            where.get("nginx_acme_ca_file", "group_vars"),
+            "point it at the PEM file of the CA that the ACME server's own certificate is from",
+        )
+    for key, name in [("nginx_server_name", variables["nginx_server_name"])] + [
+        ("nginx_alternative_names", name) for name in variables.get("nginx_alternative_names") or []
+    ]:
+        name = str(name).lower().rstrip(".")
+        fault = (
+            "is an address"
+            if is_network(name)
+            else "has a wildcard, which needs a proof in DNS"
+            if "*" in name
+            else "means every machine to itself"
+            if name == "localhost" or name.endswith(".localhost")
+            else "is no name of DNS with a dot in it"
+            if not re.fullmatch(r"([a-z0-9]([a-z0-9-]*[a-z0-9])?\.)+[a-z0-9-]+", name)
+            else f"is also one of `{taken[name]}`, and the CA may ask that host"
+            if name in taken
+            else None
+        )
+        if fault:
+            problems.add(
+                f"nginx_tls of `{host}` is `acme`, but no certificate can be had for {name}: it {fault}",
+                where.get(key, "nginx_server_name in group_vars"),
+                "give names that lead to this host alone in DNS, or set nginx_tls to own_ca or provided",
+            )
+        taken.setdefault(name, host)
 
 
 def smtp_fault(address: str) -> str | None:
@@ -386,7 +504,10 @@ class ActionModule(ActionBase):
         problems = Problems()
 
         check_groups(
-            problems, groups, set(specs) - {"prepare", "verify", "compose"}, arguments["needed_groups"]
+            problems,
+            groups,
+            set(specs) - {"prepare", "haproxy", "verify", "compose"},
+            arguments["needed_groups"],
         )
         for host in groups["all"]:
             check_names(problems, host, list(hostvars.raw_get(host)), specs, where)
@@ -404,7 +525,14 @@ class ActionModule(ActionBase):
 
     def _warnings(self, groups: dict[str, list[str]], hostvars: Any) -> list[str]:
         """What may be meant."""
-        return [
+        application = self._variables(hostvars, groups["app"][0])
+        obstacle = filter_loader.get("transport_obstacle")
+        reason = obstacle.j2_function(application.get("app_celery_settings") or {})
+        transport = [
+            f"Tasks are taken from Redis by kombu's own transport, because app_celery_settings: {reason}. A worker "
+            "that is killed can lose the task that it is just taking."
+        ]
+        return (transport if reason and application["app_transport"] == "hothouse" else []) + [
             f"Alerts of the host {host} reach nobody: set monitor_mail_to or monitor_webhook_urls."
             for host in groups.get("monitor", [])
             if not self._variables(hostvars, host).get("monitor_mail_to")
@@ -429,7 +557,7 @@ class ActionModule(ActionBase):
         where: dict[str, str],
     ) -> None:
         """The host's variables fit the specs of its roles; secrets are generated later and checked by the role."""
-        for role in {"prepare", "verify", *variables["group_names"]} & set(specs):
+        for role in {"prepare", "haproxy", "verify", *variables["group_names"]} & set(specs):
             public = {name: option for name, option in specs[role].items() if not option.get("no_log")}
             values = {}
             for name in public:
@@ -459,10 +587,17 @@ class ActionModule(ActionBase):
         addresses = groups["all"] if len(groups["all"]) > 1 else []
         for host in addresses:
             check_address(problems, host, str(self._variables(hostvars, host)["private_address"]), where)
+        prepare = self._defaults("prepare")
+        for host in groups["all"]:
+            variables = self._variables(hostvars, host)
+            check_firewall(problems, {name: variables.get(name, prepare[name]) for name in prepare}, where)
+        names: dict[str, str] = {}
         for host in groups["nginx"]:
             variables = self._variables(hostvars, host)
             if variables.get("nginx_tls") == "provided":
                 check_certificate(problems, variables, where)
+            if variables.get("nginx_tls") == "acme":
+                check_acme(problems, host, variables, where, names)
             if groups.get("monitor") and not variables.get("nginx_overview", True):
                 problems.add(
                     f"nginx_overview is off for `{host}`, but there is a host in the group `monitor`, whose "

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from pathlib import PurePath
+import ipaddress
+from pathlib import Path, PurePath
 from string import ascii_lowercase, ascii_uppercase, digits
 from typing import Any
 
 import bcrypt
+from ansible.errors import AnsibleFilterError
+from cryptography import x509
 
 # bcrypt writes base64 in an order of its own.
 BCRYPT_ALPHABET = str.maketrans(
@@ -46,6 +49,19 @@ def worker_instances(pools: list[dict[str, Any]]) -> list[dict[str, Any]]:
             for replica in range(1, int(pool.get("replicas", 1)) + 1)
         ]
     return instances
+
+
+def transport_obstacle(settings: dict[str, Any]) -> str:
+    """Why the package hothouse_transport cannot be used with these Celery settings; nothing if it can."""
+    options = settings.get("broker_transport_options") or {}
+    if list(options.get("priority_steps", [0])) != [0]:
+        return "broker_transport_options.priority_steps asks for priorities"
+    if not options.get("ack_emulation", True):
+        return "broker_transport_options.ack_emulation is off"
+    for name in ("task_queue_max_priority", "task_default_priority"):
+        if settings.get(name) is not None:
+            return f"{name} asks for priorities"
+    return ""
 
 
 def worker_files(instances: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -100,12 +116,166 @@ def worker_names(hosts: list[Any]) -> list[str]:
     return list(worker_queues(hosts))
 
 
-def scrape_targets(hosts: list[Any], port: int) -> list[dict[str, str]]:
-    """Where Prometheus finds an exporter of these hosts (their variables): `instance` and `address`."""
+def scrape_targets(hosts: list[Any], port: int, prometheus: str) -> list[dict[str, str]]:
+    """Where the host `prometheus` finds a service of these hosts (their variables): `instance`, `address`, `scheme`."""
     return [
-        {"instance": host["inventory_hostname"], "address": f"{host['monitor_exporter_address']}:{port}"}
+        {
+            "instance": host["inventory_hostname"],
+            "address": f"{'127.0.0.1' if local else host['private_address']}:{port}",
+            "scheme": "http" if local else "https",
+        }
+        for host in hosts
+        for local in [host["inventory_hostname"] == prometheus]
+    ]
+
+
+def host_certificates(hosts: list[Any]) -> list[dict[str, Any]]:
+    """Entries for hothouse_credentials: what each of these hosts (their variables) shows to the others."""
+    return [
+        {
+            "name": f"host_{host['inventory_hostname']}",
+            "common_name": host["inventory_hostname"],
+            "alt_names": list(dict.fromkeys([host["inventory_hostname"], host["private_address"]])),
+            "client_auth": True,
+        }
         for host in hosts
     ]
+
+
+def services_of(services: list[dict[str, Any]], name: str, hostvars: Any) -> list[dict[str, Any]]:
+    """Those of `private_services` that the host `name` offers to other hosts.
+
+    Each with `name`, `port`, `proxied`, and of the other hosts that may connect `clients` (their names) and
+    `client_addresses`.
+    """
+    offered = []
+    for service in services:
+        clients = [client for client in service["clients"] if client != name]
+        if name in service["hosts"] and clients:
+            offered.append(
+                {
+                    "name": service["name"],
+                    "port": int(service["port"]),
+                    "proxied": bool(service.get("proxied", False)),
+                    "clients": clients,
+                    "client_addresses": [hostvars[client]["private_address"] for client in clients],
+                }
+            )
+    return offered
+
+
+def firewall_rules(
+    services: list[dict[str, Any]],
+    ssh_port: int,
+    ssh_addresses: list[str],
+    public_ports: list[int],
+    own: list[dict[str, Any]],
+) -> list[dict[str, Any]]:
+    """What a host lets in: `name`, `protocol`, `port` (or a range of them) and, unless it is for anybody, `from`.
+
+    `services` as `services_of` returns them, `own` as prepare_firewall_rules.
+    """
+    return [
+        {"name": "ssh", "protocol": "tcp", "port": ssh_port, "from": ssh_addresses},
+        *({"name": "public", "protocol": "tcp", "port": port, "from": []} for port in public_ports),
+        *(
+            {
+                "name": service["name"],
+                "protocol": "tcp",
+                "port": service["port"],
+                "from": service["client_addresses"],
+            }
+            for service in services
+        ),
+        *({"name": "own", "protocol": "tcp", "from": [], **rule} for rule in own),
+    ]
+
+
+def nft_rules(rules: list[dict[str, Any]]) -> list[str]:
+    """The lines of nftables for what `firewall_rules` returns."""
+    lines = []
+    for rule in rules:
+        end = f'{rule["protocol"]} dport {rule["port"]} accept comment "{rule["name"]}"'
+        networks: list[Any] = sorted(
+            {ipaddress.ip_network(text, strict=False) for text in rule["from"]}, key=str
+        )
+        if not networks:
+            lines.append(end)
+        for family, version in (("ip", 4), ("ip6", 6)):
+            same = [network for network in networks if network.version == version]
+            # nft refuses networks that overlap.
+            widest = [
+                item for item in same if not any(item != other and item.subnet_of(other) for other in same)
+            ]
+            names = [str(item.network_address if item.num_addresses == 1 else item) for item in widest]
+            if names:
+                lines.append(f"{family} saddr {{ {', '.join(names)} }} {end}")
+    return lines
+
+
+def clock_skew(asked: dict[str, dict[str, Any]], limit: float) -> list[str]:
+    """How far each host's clock is ahead of the controller's, if two of these clocks are over `limit` seconds apart.
+
+    `asked` are results of hothouse_ask by host. Only what is certain counts: between the bounds of a `clock` it may be
+    anything.
+    """
+    bounds = {"the controller": [0.0, 0.0], **{name: result["clock"] for name, result in asked.items()}}
+    if max(least for least, _ in bounds.values()) - min(most for _, most in bounds.values()) <= limit:
+        return []
+    middles = {name: sum(clock) / 2 for name, clock in bounds.items() if name in asked}
+    return [f"{name} {middle:+.1f} s" for name, middle in sorted(middles.items(), key=lambda item: item[1])]
+
+
+def redis_roles(nodes: dict[str, str], said: dict[str, Any]) -> dict[str, Any]:
+    """Who is the primary of these nodes (name → address), from what they said themselves.
+
+    `said` are results of roles/redis/tasks/primary.yml by host, of the hosts that are in the run. Returns the
+    `primary`, whether it is `deployed` (a Sentinel knows it, and it has data), and which nodes are `known` to have a
+    role. Never guesses: raises AnsibleFilterError where a wrong primary would cost data.
+    """
+    lines = {name: [line.strip() for line in result["stdout_lines"]] for name, result in said.items()}
+    data = [name for name in nodes if "data" in lines.get(name, [])]
+    known = [name for name in nodes if "known" in lines.get(name, [])]
+    untouched = "nothing was changed on the redis hosts"
+
+    views = []
+    for found in lines.values():
+        words = [line.split() for line in found if line.startswith("sentinel ")]
+        epochs = [int(word[3]) for word in words if word[1] == "config-epoch"]
+        views += [(max(epochs, default=0), word[3]) for word in words if word[1] == "monitor"]
+    if views:
+        # Of two failovers the later one counts.
+        address = max(views)[1]
+        primary = {address: name for name, address in nodes.items()}.get(address)
+        if primary is None:
+            raise AnsibleFilterError(
+                f"The primary of Redis is {address}, which is no host of the group `redis` any more; {untouched}. Put "
+                "it back into hosts.yml, make another the primary (`systemctl stop redis-server` on it hands over), "
+                "then take it out."
+            )
+        if primary in lines and primary not in data and data:
+            raise AnsibleFilterError(
+                f"The Sentinels take {primary} for the primary of Redis, but it has no data (a lost disk?), and "
+                f"{', '.join(data)} has; {untouched}. See that Redis and Sentinel run on the others, wait until "
+                "`hothouse-redis-cli --primary ROLE` on one of them answers, and run this again."
+            )
+        return {"primary": primary, "deployed": primary not in lines or primary in data, "known": known}
+
+    if missing := [name for name in nodes if name not in lines]:
+        raise AnsibleFilterError(
+            f"No Sentinel on {', '.join(lines)} knows a primary of Redis, and {', '.join(missing)} is not part of this "
+            f"run (--limit?); {untouched}. Run it with all of them."
+        )
+    own = [name for name in nodes if not any(line.startswith("replicaof ") for line in lines[name])]
+    alone = [name for name in own if name in data]
+    if len(alone) > 1:
+        raise AnsibleFilterError(
+            f"{' and '.join(alone)} have data of their own, and all but one would lose them; {untouched}. Decide whose "
+            "data stay. On each other host: systemctl stop redis-server, and move what is in /var/lib/redis away. Then "
+            "run this again."
+        )
+    seeded = [name for name in own if name in known]
+    return {"primary": (alone or seeded or list(nodes))[0], "deployed": False, "known": known}
 
 
 def bcrypt_hash(password: str, user: str, rounds: int = 10) -> str:
@@ -119,6 +289,11 @@ def bcrypt_hash(password: str, user: str, rounds: int = 10) -> str:
     return bcrypt.hashpw(password.encode(), f"$2b${rounds:02d}${letters}".encode()).decode()
 
 
+def certificate_expiry(pem: str) -> int:
+    """When the first certificate of a chain expires, in Unix time."""
+    return int(x509.load_pem_x509_certificate(pem.encode()).not_valid_after_utc.timestamp())
+
+
 def copies(names: list[str], source: str, folder: str) -> list[dict[str, Any]]:
     """Entries for hothouse_files: files of the controller in `source` as they are, in a folder of the host."""
     folders = sorted({str(parent) for name in names for parent in PurePath(name).parents} - {"."})
@@ -127,6 +302,12 @@ def copies(names: list[str], source: str, folder: str) -> list[dict[str, Any]]:
         *({"path": f"{folder}/{name}", "state": "directory"} for name in folders),
         *({"path": f"{folder}/{name}", "source": f"{source}/{name}"} for name in names),
     ]
+
+
+def python_package(source: str, folder: str) -> list[dict[str, Any]]:
+    """Entries for hothouse_files: a package of Python on the controller, in a folder of the host."""
+    path = Path(source)
+    return copies(sorted(module.name for module in path.glob("*.py")), source, f"{folder}/{path.name}")
 
 
 def rule_files(files: list[str], folder: str) -> list[dict[str, Any]]:
@@ -146,10 +327,19 @@ class FilterModule:
     def filters(self) -> dict[str, Any]:
         return {
             "bcrypt_hash": bcrypt_hash,
+            "certificate_expiry": certificate_expiry,
+            "clock_skew": clock_skew,
             "copies": copies,
             "credential_files": credential_files,
+            "firewall_rules": firewall_rules,
+            "host_certificates": host_certificates,
+            "nft_rules": nft_rules,
+            "redis_roles": redis_roles,
+            "python_package": python_package,
             "rule_files": rule_files,
             "scrape_targets": scrape_targets,
+            "services_of": services_of,
+            "transport_obstacle": transport_obstacle,
             "worker_files": worker_files,
             "worker_names": worker_names,
             "worker_instances": worker_instances,

@@ -38,11 +38,11 @@ options:
     default: []
   certificates:
     description:
-      - Server certificates to be signed by an own certificate authority, all with EC P-256 keys.
+      - Certificates to be signed by an own certificate authority, all with EC P-256 keys.
       - The authority is kept as C(ca_key) and C(ca_certificate), valid for ten years. A self-signed one is
         renewed with the same key before it can limit a certificate; its clients then need the new O(ca_file).
-      - A certificate is issued anew, with a new key, when its names changed, when it was not signed by this
-        authority, or when less than 30 days of its 397 remain.
+      - A certificate is issued anew, with a new key, when its names or uses changed, when it was not signed by
+        this authority, or when less than 30 days of its 397 remain.
     type: list
     elements: dict
     default: []
@@ -59,6 +59,10 @@ options:
         type: list
         elements: str
         required: true
+      client_auth:
+        description: Whether it is shown by a client too, not by a server alone.
+        type: bool
+        default: false
   ca_file:
     description: Where to write the authority's public certificate for clients, mode 0644.
     type: str

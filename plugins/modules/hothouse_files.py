@@ -293,7 +293,8 @@ def relocate(
         here = {"path": root + entry["path"], "owner": user, "group": group, "mode": mode, "validate": None}
         moved.append(({**entry, **here}, content))
     listed = {entry["path"] for entry, _ in moved}
-    needed = {str(parent) for entry, _ in pairs for parent in PurePosixPath(entry["path"]).parents}
+    made = [PurePosixPath(entry["path"]) for entry, _ in pairs if entry["state"] != "absent"]
+    needed = {str(parent) for path in made for parent in path.parents}
     for path in {(root + parent).rstrip("/") for parent in needed} - listed:
         if not Path(path).is_dir():
             folder = {"path": path, "state": "directory", "owner": user, "group": group, "mode": "0755"}

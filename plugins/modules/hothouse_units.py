@@ -26,7 +26,7 @@ description:
     in one module execution. When nothing is to be done no module is executed at all, because the controller asks
     C(systemctl) itself, which costs a fraction.
   - Reloads systemd's configuration when systemd says that a listed unit's files changed, when a listed unit
-    is not known to it yet, and before every O(units[].state=restarted).
+    is not known to it yet, and before every start and restart.
     That alone does not count as a change.
   - Starts count as done when the unit is active afterwards. A unit in state C(failed), or waiting for its
     automatic restart, is not started. A service of type C(simple), C(exec) or C(idle), which never tells when
@@ -338,9 +338,7 @@ def match(names: Iterable[str], globs: Iterable[str]) -> set[str]:
 def needs_reload(units: Iterable[Mapping[str, Any]], statuses: Mapping[str, Status]) -> bool:
     """Whether systemd has to read unit files again before these wishes can be met."""
     return any(
-        statuses[unit["name"]].reload
-        or unit["state"] == "restarted"
-        or (statuses[unit["name"]].missing and wants_unit(unit))
+        statuses[unit["name"]].reload or (statuses[unit["name"]].missing and wants_unit(unit))
         for unit in units
     )
 

@@ -21,8 +21,8 @@ CASES = sorted((BUNDLE / "tests/unit/data/alerts").glob("*.yml"))
 RUNBOOK = (BUNDLE / "docs/runbook.md").read_text()
 FOLDER = "/etc/prometheus/hothouse"
 PATIENCE_SECONDS = 120
-# An open door has no time to wait.
-AT_ONCE = {"DoorOpen"}
+# An open door has no time to wait, and what has happened does not mend itself.
+AT_ONCE = {"DoorOpen", "RedisFailedOver", "ServiceHung"}
 
 
 def rules(inventory: str = "local", host: str = "local1", name: str = "alerts") -> dict[str, Any]:
@@ -53,13 +53,17 @@ def promtool(*words: str | Path) -> None:
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The rules and the cases side by side. Only the summary of an alert has values of the moment in it, see below."""
+    """The rules and the cases side by side, of one host and, as prod-NAME.yml, of an environment with three of Redis.
+
+    Only the summary of an alert has values of the moment in it, see below.
+    """
     folder = tmp_path_factory.mktemp("alerts")
-    document = rules()
-    for rule in (rule for group in document["groups"] for rule in group["rules"]):
-        rule["annotations"] = {"summary": rule["annotations"]["summary"]}
-    (folder / "alerts.yml").write_text(yaml.safe_dump(document))
-    (folder / "records.yml").write_text(yaml.safe_dump(rules(name="records")))
+    for inventory, host, prefix in (("local", "local1", ""), ("prod", "monitor1", "prod-")):
+        document = rules(inventory, host)
+        for rule in (rule for group in document["groups"] for rule in group["rules"]):
+            rule["annotations"] = {"summary": rule["annotations"]["summary"]}
+        (folder / f"{prefix}alerts.yml").write_text(yaml.safe_dump(document))
+        (folder / f"{prefix}records.yml").write_text(yaml.safe_dump(rules(inventory, host, "records")))
     # promtool takes groups in any order unless told; Prometheus evaluates each every few seconds.
     order = ["hothouse", *(group["name"] for group in document["groups"])]
     for path in CASES:
@@ -119,6 +123,7 @@ LIMITS = {
     "backlog_seconds": "QueueOld",
     "unacked_seconds": "UnackedStuck",
     "beat_late_seconds": "BeatLate",
+    "dead_letters": "DeadLetters",
     "reply_queues": "ReplyQueuesOrphaned",
     "redis_memory_percent": "RedisMemoryHigh",
     "certificate_days": "CertificateExpiring",

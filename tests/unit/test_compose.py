@@ -189,6 +189,7 @@ def test_below_a_root_everything_is_relocated_and_nothing_is_validated(
                 {"path": "/etc/x/y/secret", "content": "s\n", "mode": "0640", "secret": True, "group": "nobody-such"},
                 {"path": "/etc/x/y/plain", "content": "p\n", "validate": "false %s", "notify": ["Never"]},
                 {"path": "/etc/x", "state": "directory", "mode": "0750"},
+                {"path": "/etc/gone/away", "state": "absent"},
             ],
         }
     }  # fmt: skip

@@ -21,6 +21,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 
 plugin = load_plugin("action/hothouse_credentials")
 VAULT = VaultLib([("default", VaultSecret(b"orchid"))])
+HOST = {"name": "host_worker-1.example.com", "common_name": "worker-1.example.com", "client_auth": True}
+HOST["alt_names"] = ["worker-1.example.com", "192.0.2.7"]
 NGINX = {"name": "nginx", "common_name": "localhost", "alt_names": ["localhost", "127.0.0.1"]}
 EVERYTHING = {
     "passwords": ["redis_admin", "flower_password"],
@@ -102,6 +104,21 @@ def test_the_server_certificate_is_one_that_browsers_accept() -> None:
     constraints = authority.extensions.get_extension_for_class(x509.BasicConstraints)
     assert constraints.critical and constraints.value.ca and constraints.value.path_length == 0
     assert not server.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+
+
+def test_the_certificate_of_a_host_is_one_for_servers_and_clients() -> None:
+    text, generated = complete("", {"certificates": [NGINX, HOST]})
+    values = yaml.safe_load(text)["credentials"]
+    host = certificate(values, "host_worker-1.example.com")
+    host.verify_directly_issued_by(certificate(values, "ca"))
+    assert generated[-2:] == ["host_worker-1.example.com_key", "host_worker-1.example.com_certificate"]
+    assert host.subject == plugin.common_name("worker-1.example.com")
+    names = host.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert names.get_values_for_type(x509.DNSName) == ["worker-1.example.com"]
+    assert [str(address) for address in names.get_values_for_type(x509.IPAddress)] == ["192.0.2.7"]
+    usage = host.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+    assert list(usage) == [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
+    assert complete(text, {"certificates": [HOST, NGINX]}) == (text, [])
 
 
 def test_no_value_is_shown_at_any_verbosity(play: Runner, tmp_path: Path) -> None:
@@ -235,7 +252,7 @@ def test_check_mode_makes_values_available_and_writes_nothing(
     assert converged.results[0]["file"] == str(path)
 
 
-@pytest.mark.parametrize("change", ["alt_names", "common_name", "authority", "expiry", "foreign key"])
+@pytest.mark.parametrize("change", ["alt_names", "common_name", "uses", "authority", "expiry", "foreign key"])
 def test_a_certificate_that_no_longer_fits_is_issued_anew(
     change: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -246,6 +263,8 @@ def test_a_certificate_that_no_longer_fits_is_issued_anew(
         wanted["alt_names"] = ["localhost", "127.0.0.1", "::1"]
     elif change == "common_name":
         wanted["common_name"] = "tasks.example.com"
+    elif change == "uses":
+        wanted["client_auth"] = True
     elif change == "authority":
         other = yaml.safe_load(complete("", {"certificates": [NGINX]})[0])["credentials"]
         document = plugin.Document(text, Path("x"), VAULT)
@@ -354,6 +373,10 @@ def test_two_runs_at_once_generate_one_set(play: Runner, tmp_path: Path) -> None
         ({"passwords": ["nginx_key"], "certificates": [NGINX]}, "`nginx_key` is asked for more than once"),
         ({"passwords": ["Not-A-Name"]}, "`Not-A-Name` cannot name a credential"),
         ({"certificates": [{"name": "ca", "alt_names": ["a"]}]}, "`ca_key` is asked for more than once"),
+        (
+            {"certificates": [{"name": "host_a b", "alt_names": ["a"]}]},
+            "`host_a b` cannot name a certificate",
+        ),
         ({"certificates": [{"name": "x", "alt_names": []}]}, "`x` has no alt_names"),
         ({"certificates": [{"name": "x", "alt_names": ["a b"]}]}, "`a b` in alt_names"),
         ({"certificates": [{"name": "x", "alt_names": [".".join(["a" * 16] * 4)]}]}, "longer than 64"),

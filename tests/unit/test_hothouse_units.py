@@ -238,7 +238,7 @@ def test_a_running_unit_is_reloaded_when_what_it_read_last_is_newer() -> None:
     ("wanted", "expected"),
     [
         (unit("ssh.service", "started", True), False),
-        (unit("ssh.service", "restarted"), True),
+        (unit("ssh.service", "restarted"), False),
         (unit("celery-worker@c.service"), True),
         (unit("nginx.service", "started"), True),
         (unit("nginx.service", enabled=True), True),
@@ -247,6 +247,41 @@ def test_a_running_unit_is_reloaded_when_what_it_read_last_is_newer() -> None:
 )
 def test_systemd_reads_its_files_again_when_it_has_to(wanted: dict[str, Any], expected: bool) -> None:
     assert units.needs_reload([wanted], STATUSES) is expected
+
+
+class Recorder(units.Systemd):
+    """Notes the verbs that the module would call; every unit is in the state it is led to."""
+
+    def __init__(self) -> None:
+        self.verbs: list[str] = []
+
+    def call(self, *words: str, check: bool = True) -> str:
+        self.verbs.append(words[0])
+        return ""
+
+    def show(self, names: list[str]) -> Any:
+        started = {"start", "restart"} & set(self.verbs)
+        return {name: STATUSES["ssh.service" if started else name] for name in names}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "verbs"),
+    [
+        (unit("flower.service", "started"), ["daemon-reload", "start"]),
+        (unit("ssh.service", "restarted"), ["daemon-reload", "restart"]),
+        (unit("ssh.service", "started"), []),
+        (unit("ssh.service", "reloaded"), ["reload"]),
+        (unit("flower.service", enabled=True), ["enable"]),
+    ],
+)
+@pytest.mark.parametrize("check", [False, True])
+def test_systemd_reads_its_files_again_before_every_start_because_it_overlooks_new_folders_of_drop_ins(
+    wanted: dict[str, Any], verbs: list[str], check: bool
+) -> None:
+    systemd = Recorder()
+    result = units.run({"units": [wanted], "exclusive": None}, check, False, systemd)
+    assert systemd.verbs == ([] if check else verbs)
+    assert ("daemon-reload" in result["actions"]) == ("daemon-reload" in verbs)
 
 
 def test_reading_files_again_is_no_change_of_its_own() -> None:

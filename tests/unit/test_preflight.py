@@ -56,7 +56,7 @@ class Inventory:
         """The message, in one line; the run has to fail before any host is contacted."""
         done = self.check(*words, playbook=playbook)
         assert done.returncode != 0, done.stdout
-        assert "unreachable=0" in done.stdout and "Read which distribution" not in done.stdout
+        assert "unreachable=0" in done.stdout and "Ask the host what it runs" not in done.stdout
         return " ".join(done.stdout.split())
 
 
@@ -108,11 +108,35 @@ def test_an_empty_group_that_the_stack_needs_is_refused(inventory: Inventory, gr
     assert f"the group `{group}` has no host" in inventory.refusal()
 
 
-@pytest.mark.parametrize("group", ["redis", "flower"])
-def test_two_hosts_of_what_runs_once_are_refused(tmp_path: Path, group: str) -> None:
+def test_two_hosts_of_what_runs_once_are_refused(tmp_path: Path) -> None:
     inventory = Inventory(tmp_path / "inventories", "prod")
-    inventory.group(group, {"hosts": {"redis1": {}, "beat1": {}}})
-    assert f"the group `{group}` has 2 hosts" in inventory.refusal()
+    inventory.group("flower", {"hosts": {"redis1": {}, "flower1": {}}})
+    assert "the group `flower` has 2 hosts; it runs on one" in inventory.refusal()
+
+
+@pytest.mark.parametrize(
+    ("count", "reason"),
+    [(2, "so none may fail, which is worse than one host"), (4, "so no more may fail than of 3")],
+)
+def test_redis_hosts_without_a_sensible_majority_are_refused(tmp_path: Path, count: int, reason: str) -> None:
+    inventory = Inventory(tmp_path / "inventories", "prod")
+    names = ["redis1", "redis2", "redis3", "worker1"][:count]
+    inventory.group("redis", {"hosts": {name: {} for name in names}})
+    message = inventory.refusal()
+    assert f"the group `redis` has {count} hosts" in message and reason in message
+    assert f"name {count - 1} or {count + 1} hosts under `redis:`" in message
+
+
+def test_one_three_or_five_redis_hosts_are_fine(tmp_path: Path) -> None:
+    inventory = Inventory(tmp_path / "inventories", "prod")
+    for names in (["redis1", "redis2", "redis3", "worker1", "worker2"], ["redis1"]):
+        document = yaml.safe_load((inventory.path / "hosts.yml").read_text())
+        for name in {"redis2", "redis3"} - set(names):
+            del document["all"]["hosts"][name]
+        (inventory.path / "hosts.yml").write_text(yaml.safe_dump(document))
+        inventory.group("redis", {"hosts": {name: {} for name in names}})
+        done = inventory.check()
+        assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.parametrize("address", ["redis1.example.com", "2001:db8::10"])
@@ -148,6 +172,35 @@ def test_a_certificate_that_is_not_there_or_has_another_key_is_refused(
     assert "is not the key of the certificate" in inventory.refusal()
     inventory.set(**files, nginx_certificate_key_file=str(tmp_path / "one.key"))
     assert inventory.check().returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"nginx_server_name": "localhost"}, "for localhost: it means every machine to itself"),
+        ({"nginx_alternative_names": ["192.0.2.10"]}, "for 192.0.2.10: it is an address"),
+        ({"nginx_alternative_names": ["2001:db8::10"]}, "for 2001:db8::10: it is an address"),
+        ({"nginx_alternative_names": ["*.example.com"]}, "for *.example.com: it has a wildcard"),
+        ({"nginx_server_name": "flower"}, "for flower: it is no name of DNS with a dot in it"),
+        ({"nginx_acme_directory": "http://ca.example.com/dir"}, "is no https:// address"),
+        ({"nginx_acme_ca_file": "/nowhere/ca.pem"}, "nginx_acme_ca_file (/nowhere/ca.pem) is no file"),
+    ],
+)
+def test_what_no_acme_server_could_certify_is_refused(
+    inventory: Inventory, values: dict[str, Any], said: str
+) -> None:
+    inventory.set(nginx_tls="acme")
+    assert inventory.check().returncode == 0
+    inventory.set(**values)
+    message = inventory.refusal()
+    assert said in message and "nginx_" in message and "mend:" in message
+
+
+def test_two_hosts_that_obtain_a_certificate_for_one_name_are_refused(tmp_path: Path) -> None:
+    inventory = Inventory(tmp_path / "inventories", "prod")
+    inventory.set(nginx_tls="acme")
+    inventory.group("nginx", {"hosts": {"nginx1": {}, "flower1": {}}})
+    assert "ops.example.com: it is also one of `flower1`" in inventory.refusal()
 
 
 def test_certificates_may_lie_beside_the_hosts(inventory: Inventory) -> None:
@@ -330,3 +383,41 @@ def test_alerts_that_reach_nobody_are_worth_a_warning(inventory: Inventory) -> N
     inventory.set(monitor_mail_to=[])
     done = inventory.check()
     assert done.returncode == 0 and warning in " ".join((done.stderr + done.stdout).split())
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"prepare_ssh_addresses": ["office.example.com"]}, "office.example.com is no IP address and no network"),
+        ({"prepare_firewall_rules": [{"port": "8125", "from": ["10.0.0.0/33"]}]}, "10.0.0.0/33 is no IP address"),
+        ({"prepare_firewall_rules": [{"port": "70000"}]}, "prepare_firewall_rules: 70000 is no port"),
+        ({"prepare_firewall_rules": [{"port": "20-10"}]}, "prepare_firewall_rules: 20-10 is no port"),
+        ({"prepare_firewall_rules": [{"port": "53", "protocol": "icmp"}]}, "must be one of: tcp, udp"),
+        ({"prepare_firewall_rules": [{"port": "53", "form": ["10.0.0.1"]}]}, "form"),
+        ({"prepare_ssh_port": 0}, "prepare_ssh_port: 0 is no port"),
+        ({"prepare_ntp_servers": ["ntp1.example.com iburst"]}, "is no name or address of a time server"),
+        ({"prepare_firewall_rollback_seconds": 1}, "leaves no time for a connection"),
+    ],
+)  # fmt: skip
+def test_what_the_firewall_could_not_be_made_of_is_refused(
+    inventory: Inventory, values: dict[str, Any], said: str
+) -> None:
+    inventory.set(**values)
+    message = inventory.refusal()
+    assert said in message and "prepare_" in message and "mend:" in message
+
+
+def test_settings_that_the_transport_cannot_serve_are_told_and_another_is_used(inventory: Inventory) -> None:
+    said = "taken from Redis by kombu's own transport, because app_celery_settings: "
+    priorities = {"broker_transport_options": {"priority_steps": [0, 5], "queue_order_strategy": "priority"}}
+    inventory.set(app_celery_settings=priorities)
+    done = inventory.check()
+    assert done.returncode == 0
+    assert f"{said}broker_transport_options.priority_steps" in " ".join(
+        f"{done.stdout} {done.stderr}".split()
+    )
+    inventory.set(app_transport="redis")
+    done = inventory.check()
+    assert said not in " ".join(f"{done.stdout} {done.stderr}".split())
+    inventory.set(app_celery_settings={}, app_transport="amqp")
+    assert "value of app_transport must be one of: hothouse, redis" in inventory.refusal()

@@ -54,19 +54,80 @@ def test_one_host_with_everything_keeps_redis_and_flower_on_loopback(inventory: 
     assert "\nbind 127.0.0.1\n" in text(inventory, host, "/etc/redis/redis.conf")
     assert 'address = "127.0.0.1"' in text(inventory, host, "/etc/hothouse/flowerconfig.py")
     assert "server 127.0.0.1:5555;" in text(inventory, host, "/etc/nginx/nginx.conf")
-    assert "IPAddressDeny" not in text(inventory, host, "/etc/systemd/system/celery-flower.service")
+    assert not [path for path in rendered(inventory)[host] if "haproxy" in path]
 
 
-def test_several_hosts_reach_each_other_and_nobody_else() -> None:
-    assert "\nbind 127.0.0.1 198.51.100.10\n" in text("prod", "redis1", "/etc/redis/redis.conf")
-    assert 'address = "198.51.100.40"' in text("prod", "flower1", "/etc/hothouse/flowerconfig.py")
-    unit = text("prod", "flower1", "/etc/systemd/system/celery-flower.service")
-    assert (
-        "IPAddressDeny=any\nIPAddressAllow=localhost 198.51.100.40 198.51.100.50 198.51.100.60 198.51.100.10\n"
-        in unit
-    )
-    assert "server 198.51.100.40:5555;" in text("prod", "nginx1", "/etc/nginx/nginx.conf")
+def test_flower_and_the_monitoring_listen_on_loopback_and_talk_to_their_own_host() -> None:
+    for inventory, host in (("local", "local1"), ("staging", "staging1"), ("prod", "flower1")):
+        assert 'address = "127.0.0.1"' in text(inventory, host, "/etc/hothouse/flowerconfig.py")
+        unit = text(inventory, host, "/etc/systemd/system/celery-flower.service")
+        assert "IPAddressDeny=any\nIPAddressAllow=localhost\n" in unit
+    for host, path in (
+        ("worker1", "prometheus-node-exporter.service.d/node-exporter.conf"),
+        ("redis2", "prometheus-redis-exporter.service.d/redis-exporter.conf"),
+        ("nginx1", "prometheus-nginx-exporter.service.d/nginx-exporter.conf"),
+    ):
+        unit = text("prod", host, f"/etc/systemd/system/{path}")
+        assert "--web.listen-address=127.0.0.1:" in unit
+        assert "IPAddressDeny=any\nIPAddressAllow=localhost\n" in unit
+
+
+def test_several_hosts_verify_each_other() -> None:
+    assert "\nbind 198.51.100.11\n" in text("prod", "redis1", "/etc/redis/redis.conf")
+    page = text("prod", "nginx1", "/etc/nginx/nginx.conf")
+    assert "server 198.51.100.40:5555;" in page and "proxy_ssl_verify on;" in page
     assert "/etc/nginx/nginx.conf" not in rendered("prod")["worker1"]
+    for upstream, name in (
+        ("flower", "flower1"),
+        ("198.51.100.60:9090", "monitor1"),
+        ("198.51.100.60:9093", "monitor1"),
+    ):
+        assert f"proxy_pass https://{upstream};\n            proxy_ssl_name {name};" in page
+    exporter = text(
+        "prod", "redis3", "/etc/systemd/system/prometheus-redis-exporter.service.d/redis-exporter.conf"
+    )
+    assert "--redis.addr=rediss://198.51.100.13:6379" in exporter and "--tls-ca-cert-file" in exporter
+    assert "proxy_ssl" not in text("local", "local1", "/etc/nginx/nginx.conf")
+
+
+def test_a_service_is_offered_to_its_clients_on_other_hosts_alone() -> None:
+    hostvars = {name: {"private_address": f"192.0.2.{number}"} for number, name in enumerate("abc", 1)}
+    services = [
+        {"name": "web", "port": "80", "hosts": ["a", "b"], "clients": ["a", "c"], "proxied": True},
+        {"name": "own", "port": 81, "hosts": ["a"], "clients": ["a"]},
+        {"name": "raw", "port": 82, "hosts": ["b"], "clients": ["a"]},
+    ]
+    assert filters.services_of(services, "a", hostvars) == [
+        {"name": "web", "port": 80, "proxied": True, "clients": ["c"], "client_addresses": ["192.0.2.3"]}
+    ]
+    assert [
+        (service["name"], service["proxied"], service["client_addresses"])
+        for service in filters.services_of(services, "b", hostvars)
+    ] == [("web", True, ["192.0.2.1", "192.0.2.3"]), ("raw", False, ["192.0.2.1"])]
+    assert filters.services_of(services, "c", hostvars) == []
+
+
+def test_prometheus_reads_its_own_host_plain_and_others_by_tls() -> None:
+    hosts = [{"inventory_hostname": name, "private_address": f"192.0.2.{name[1]}"} for name in ("h1", "h2")]
+    assert filters.scrape_targets(hosts, 9100, "h2") == [
+        {"instance": "h1", "address": "192.0.2.1:9100", "scheme": "https"},
+        {"instance": "h2", "address": "127.0.0.1:9100", "scheme": "http"},
+    ]
+
+
+def test_the_certificate_of_a_host_holds_its_name_and_its_address() -> None:
+    hosts = [
+        {"inventory_hostname": "worker-1.example.com", "private_address": "192.0.2.1"},
+        {"inventory_hostname": "192.0.2.2", "private_address": "192.0.2.2"},
+    ]
+    first, second = filters.host_certificates(hosts)
+    assert first == {
+        "name": "host_worker-1.example.com",
+        "common_name": "worker-1.example.com",
+        "alt_names": ["worker-1.example.com", "192.0.2.1"],
+        "client_auth": True,
+    }
+    assert second["alt_names"] == ["192.0.2.2"]
 
 
 def test_the_development_listener_is_local_only() -> None:
@@ -79,7 +140,7 @@ def test_the_development_listener_is_local_only() -> None:
 def test_the_prefix_is_kept_by_nginx() -> None:
     for line in text("prod", "nginx1", "/etc/nginx/nginx.conf").splitlines():
         if line.strip().startswith("proxy_pass"):
-            assert re.fullmatch(r"proxy_pass http://(flower|198\.51\.100\.60:909[03]);", line.strip())
+            assert re.fullmatch(r"proxy_pass https://(flower|198\.51\.100\.60:909[03]);", line.strip())
 
 
 def test_flowerconfig_is_python_and_shows_the_columns_of_the_guide() -> None:
@@ -143,16 +204,17 @@ def test_prometheus_reads_every_host_and_nginx_serves_it() -> None:
         job["job_name"]: [target for static in job["static_configs"] for target in static["targets"]]
         for job in config["scrape_configs"]
     }
-    assert jobs["redis"] == ["198.51.100.10:9121"] and jobs["flower"] == ["198.51.100.40:5555"]
-    assert len(jobs["node"]) == 7 and "127.0.0.1:9100" in jobs["node"]
+    assert jobs["redis"] == [f"198.51.100.{number}:9121" for number in (11, 12, 13)]
+    assert jobs["flower"] == ["198.51.100.40:5555"] and len(jobs["haproxy"]) == 3
+    assert len(jobs["node"]) == 8 and "127.0.0.1:9100" in jobs["node"]
+    for job in config["scrape_configs"]:
+        for static in job["static_configs"]:
+            if any(target.startswith("198.") for target in static["targets"]):
+                assert static["labels"]["__scheme__"] == "https", job["job_name"]
+                assert set(job["tls_config"]) == {"ca_file", "cert_file", "key_file"}
     assert jobs["blackbox"] == ["https://ops.example.com/flower/", "https://ops.example.com/"]
     page = text("prod", "nginx1", "/etc/nginx/nginx.conf")
-    assert "proxy_pass http://198.51.100.60:9090;" in page and "auth_basic_user_file" in page
-    unit = text(
-        "prod", "worker1", "/etc/systemd/system/prometheus-node-exporter.service.d/node-exporter.conf"
-    )
-    assert "--web.listen-address=198.51.100.21:9100" in unit
-    assert "IPAddressDeny=any\nIPAddressAllow=localhost 198.51.100.60\n" in unit
+    assert "auth_basic_user_file" in page
 
 
 def test_without_a_monitoring_host_nothing_of_it_is_written() -> None:
@@ -188,3 +250,40 @@ def test_credential_files_are_roots_alone() -> None:
         }
         for name, value in (("a", "1"), ("b", "2"))
     ]
+
+
+def test_one_redis_is_alone_and_plain() -> None:
+    config = text("staging", "staging1", "/etc/redis/redis.conf")
+    assert "\nport 6379\n" in config and "tls" not in config and "replica" not in config
+    assert not [path for path in rendered("staging")["staging1"] if "sentinel" in path]
+    assert json.loads(text("staging", "staging1", "/etc/hothouse/redis.json"))["nodes"] == {}
+    assert "--tls" not in text("staging", "staging1", "/usr/local/bin/hothouse-redis-cli")
+
+
+def test_three_redis_hosts_copy_the_primary_by_tls_and_agree_by_majority() -> None:
+    for host, address in (("redis1", "198.51.100.11"), ("redis3", "198.51.100.13")):
+        config = text("prod", host, "/etc/redis/redis.conf").splitlines()
+        for line in (
+            "port 0", "tls-port 6379", "tls-auth-clients yes", "tls-replication yes", "min-replicas-to-write 1",
+            "min-replicas-max-lag 3", "masteruser replica", f"replica-announce-ip {address}",
+        ):  # fmt: skip
+            assert line in config, line
+        # The same file on every node, whatever its role: that is kept elsewhere.
+        assert not [line for line in config if line.startswith(("replicaof", "masterauth"))]
+        sentinel = text("prod", host, "/etc/redis/sentinel.conf")
+        assert f"\nbind {address}\n" in sentinel and "\nport 0\n" in sentinel
+        assert "sentinel down-after-milliseconds hothouse 2000\n" in sentinel
+        assert "monitor" not in sentinel
+        settings = json.loads(text("prod", host, "/etc/hothouse/redis.json"))
+        assert settings["address"] == address and settings["tls"] is True
+        assert list(settings["nodes"]) == ["198.51.100.11", "198.51.100.12", "198.51.100.13"]
+        assert (
+            len(
+                {
+                    identity
+                    for identity in settings["nodes"].values()
+                    if re.fullmatch("[0-9a-f]{40}", identity)
+                }
+            )
+            == 3
+        )

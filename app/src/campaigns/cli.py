@@ -19,10 +19,21 @@ import redis
 from campaigns import messages, recipients, settings
 from campaigns.messages import MessageError, Template
 from campaigns.recipients import RecipientsError
-from campaigns.store import Campaign, Ledger, UnknownCampaign, ledger
+from campaigns.store import STATES, Campaign, Ledger, Record, UnknownCampaign, ledger
 
 SHOWN_PROBLEMS = 20
-SHOWN = ("id", "name", "sender", "subject", "state", "send_at", "started_at", "finished_at", "waiting_for")
+SHOWN = (
+    "id",
+    "name",
+    "sender",
+    "subject",
+    "state",
+    "send_at",
+    "started_at",
+    "finished_at",
+    "waiting_for",
+    "if_ambiguous",
+)
 SHOWN_STATES = ("failed", "ambiguous")
 
 
@@ -77,6 +88,12 @@ def main() -> None:
 @click.option(
     "--at", metavar="TIME", help="When to send: ISO 8601 with a zone, 2030-05-01T09:00+02:00. Default: now."
 )
+@click.option(
+    "--ambiguous",
+    type=click.Choice(settings.POLICIES),
+    help="What becomes of a mail whose fate nobody knows: hold it for `resolve`, or resend it once. "
+    "Default: CAMPAIGNS_AMBIGUOUS, or hold.",
+)
 def create(
     name: str,
     sender: str,
@@ -85,6 +102,7 @@ def create(
     folder: Path | None,
     bundle: Any,
     at: str | None,
+    ambiguous: str | None,
 ) -> None:
     """Create a campaign and print its id.
 
@@ -113,7 +131,10 @@ def create(
         _refuse_list(error)
     _render_all(template, people)
 
-    campaign_id = ledger().create(name.strip(), sender, template, people, settings.batch_size(), send_at)
+    policy = ambiguous or settings.ambiguous()
+    campaign_id = ledger().create(
+        name.strip(), sender, template, people, settings.batch_size(), send_at, policy
+    )
     when = send_at.isoformat() if send_at else "now"
     click.echo(f"{len(people)} recipients, to be sent {when}", err=True)
     click.echo(campaign_id)
@@ -147,12 +168,26 @@ def list_campaigns(as_json: bool) -> None:
 @click.option(
     "--limit", default=20, show_default=True, type=click.IntRange(0), help="How many to list per state."
 )
-def show(campaign_id: str, as_json: bool, limit: int) -> None:
-    """Show a campaign's counts, and the recipients that failed or whose mail's fate is unknown."""
+@click.option(
+    "--state",
+    "states",
+    multiple=True,
+    type=click.Choice(STATES),
+    help="List the recipients in this state, with the mail server's reply; can be repeated.  "
+    f"Default: {' and '.join(SHOWN_STATES)}.",
+)
+def show(campaign_id: str, as_json: bool, limit: int, states: tuple[str, ...]) -> None:
+    """Show a campaign's counts and recipients: those that failed or are in doubt, or those in a --state.
+
+    Whoever was sent to again after a doubt may have the mail twice, and is always listed.
+    """
     book = ledger()
+    states = states or SHOWN_STATES
     report = _report(book, book.campaign(campaign_id))
-    for state in SHOWN_STATES:
+    report["resent_count"] = book.resent_count(campaign_id)
+    for state in states:
         report[state] = [asdict(record) for record in book.records(campaign_id, state, limit)]
+    report["resent"] = [asdict(record) for record in book.resent(campaign_id, limit)]
     if as_json:
         click.echo(json.dumps(report, indent=2, ensure_ascii=False))
         return
@@ -163,12 +198,36 @@ def show(campaign_id: str, as_json: bool, limit: int) -> None:
     for state, count in report["counts"].items():
         if count:
             click.echo(f"  {state + ':':<11} {count}")
-    for state in SHOWN_STATES:
+    if report["resent_count"]:
+        click.echo(f"  possibly twice: {report['resent_count']}")
+    for state in states:
         for record in report[state]:
             click.echo(f"{state}: {record['email']} ({record['reply']})")
-        more = report["counts"][state] - len(report[state])
-        if more:
-            click.echo(f"{state}: {more} more, see --limit")
+        _more(state, report["counts"][state] - len(report[state]))
+    for record in report["resent"]:
+        click.echo(f"possibly twice: {record['email']} (now {record['state']}: {record['reply']})")
+    _more("possibly twice", report["resent_count"] - len(report["resent"]))
+
+
+@main.command()
+@click.argument("campaign_id")
+@click.argument("addresses", nargs=-1, metavar="[RECIPIENT]...")
+@click.option("--sent", "state", flag_value="sent", help="The mail arrived, or shall not be sent again.")
+@click.option(
+    "--resend", "state", flag_value="pending", help="Send the mail once more, perhaps a second time."
+)
+def resolve(campaign_id: str, addresses: tuple[str, ...], state: str | None) -> None:
+    """Decide about ambiguous recipients: those named, or all. A finished campaign goes on for a --resend."""
+    if not state:
+        raise click.UsageError("give --sent or --resend")
+    book = ledger()
+    campaign = book.campaign(campaign_id)
+    numbers = _in_doubt(campaign, book.records(campaign_id, "ambiguous"), addresses)
+    word = "sent" if state == "sent" else "to be sent again"
+    done = book.resolve(campaign_id, numbers, state, f"{word}, decided by hand")
+    if done is None:
+        raise Refusal(f"{campaign_id} is cancelled, it sends nothing again")
+    click.echo(f"{done} {word}, {book.counts(campaign_id)['ambiguous']} still ambiguous")
 
 
 @main.command()
@@ -181,6 +240,22 @@ def cancel(campaign_id: str) -> None:
         raise Refusal(f"{campaign_id} is finished, there is nothing to cancel")
     counts = book.counts(campaign_id)
     click.echo(f"{campaign_id} is cancelled: {counts['cancelled']} not sent, {counts['sent']} sent before")
+
+
+def _in_doubt(campaign: Campaign, records: list[Record], addresses: tuple[str, ...]) -> list[int]:
+    """The numbers of the ambiguous recipients with these addresses, of all without any."""
+    if not addresses:
+        return [record.number for record in records]
+    known = {record.email.casefold(): record.number for record in records}
+    unknown = [address for address in addresses if address.casefold() not in known]
+    if unknown:
+        raise Refusal(f"not ambiguous in {campaign.id}: {', '.join(unknown)}")
+    return [known[address.casefold()] for address in addresses]
+
+
+def _more(state: str, count: int) -> None:
+    if count:
+        click.echo(f"{state}: {count} more, see --limit")
 
 
 def _send_at(at: str | None) -> datetime | None:
@@ -232,6 +307,7 @@ def _report(book: Ledger, campaign: Campaign) -> dict[str, Any]:
         "started_at": iso(campaign.started_at),
         "finished_at": iso(campaign.finished_at),
         "waiting_for": campaign.waiting_for,
+        "if_ambiguous": campaign.ambiguous,
         "size": campaign.size,
         "batch_size": campaign.batch_size,
         "counts": book.counts(campaign.id),

@@ -1,13 +1,15 @@
 -- Every change of a campaign and of its recipients' states, each in one atomic step, by Redis's clock alone.
 --
--- KEYS[1] is the campaign's hash, KEYS[2] the sorted set of campaigns that are not finished.
--- ARGV[1] names the operation, the rest are its arguments.
+-- KEYS[1] is the campaign's hash, KEYS[2] the sorted set of campaigns that are not finished, KEYS[3] that of all
+-- campaigns, KEYS[4] that of the ambiguous recipients of all campaigns as CAMPAIGN/NUMBER.
+-- ARGV[1] names the operation, ARGV[2] is "confirm" if the caller waits for replicas, the rest are its arguments.
 --
 -- A recipient is a number and is in exactly one of the campaign's sorted sets, its state. The score is a time in
 -- seconds: not before (pending), the claim's deadline (sending, data), when it happened (all others).
 -- A call may be repeated when its reply was lost: the second one changes nothing and answers the same.
 
-local campaign, active = KEYS[1], KEYS[2]
+local campaign, active, index, ambiguous = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local id = string.match(campaign, '[^:]+$')
 local time = redis.call('TIME')
 local now = time[1] + time[2] / 1000000
 
@@ -28,20 +30,111 @@ local function owned(number, owner)
   return redis.call('HGET', key('owners'), number) == owner
 end
 
+-- What becomes of a recipient that a cancelled campaign has not sent to: of a mail that was to be sent a second time
+-- nobody knows whether the first one arrived.
+local function never(number)
+  return score('resent', number) and 'ambiguous' or 'cancelled'
+end
+
 local function move(number, from, to, at)
+  -- First what needs no memory: Redis then lets the rest of the script pass even when it is full.
+  redis.call('ZREM', key(from), number)
   if to == 'pending' then
-    if get('state') == 'cancelled' then
-      to, at = 'cancelled', now
+    local state = get('state')
+    if state == 'cancelled' then
+      to, at = never(number), now
     else
+      if state == 'finished' then
+        redis.call('HSET', campaign, 'state', 'sending')
+        redis.call('HDEL', campaign, 'finished_at')
+        redis.call('ZADD', active, now, id)
+      end
       -- Whoever dies now leaves a batch that the next check finds.
       redis.call('ZADD', key('batches'), 'NX', at, math.floor(number / get('batch_size')))
     end
   end
-  redis.call('ZREM', key(from), number)
   redis.call('ZADD', key(to), at, number)
+  if from == 'ambiguous' then
+    redis.call('ZREM', ambiguous, id .. '/' .. number)
+  end
+  if to == 'ambiguous' then
+    redis.call('ZADD', ambiguous, at, id .. '/' .. number)
+  end
+end
+
+-- Send once more what may have been sent; it is listed for ever.
+local function resend(number, at)
+  redis.call('ZADD', key('resent'), now, number)
+  move(number, 'ambiguous', 'pending', at)
+  redis.call('HDEL', key('owners'), number)
+end
+
+-- The ambiguous recipients that the campaign's policy sends to a second time, never a third: up to `limit` of those
+-- that are in doubt since `before`.
+local function in_doubt_since(before, limit)
+  local found = {}
+  if get('ambiguous') ~= 'resend' or get('state') ~= 'sending' then
+    return found
+  end
+  local most = limit + redis.call('ZCARD', key('resent'))
+  for _, number in ipairs(redis.call('ZRANGEBYSCORE', key('ambiguous'), '-inf', before, 'LIMIT', 0, most)) do
+    if #found < limit and not score('resent', number) then
+      table.insert(found, number)
+    end
+  end
+  return found
+end
+
+local function open()
+  for _, state in ipairs({'pending', 'sending', 'data'}) do
+    if redis.call('ZCARD', key(state)) > 0 then
+      return true
+    end
+  end
+  return #in_doubt_since('+inf', 1) > 0
 end
 
 local operations = {}
+
+-- Write recipients `first` and on of a campaign that nobody sees yet. `token` is the creator's own.
+function operations.upload(token, seconds, due, batch_size, first, ...)
+  if redis.call('HSETNX', campaign, 'token', token) == 0 and get('token') ~= token then
+    return 'taken'
+  end
+  if get('state') then
+    return 'published'
+  end
+  for offset, row in ipairs({...}) do
+    local number = first + offset - 1
+    redis.call('HSET', key('recipients'), number, row)
+    redis.call('ZADD', key('pending'), due, number)
+    redis.call('ZADD', key('batches'), due, math.floor(number / batch_size))
+  end
+  for _, part in ipairs({campaign, key('recipients'), key('pending'), key('batches')}) do
+    redis.call('EXPIRE', part, seconds)
+  end
+  return 'uploaded'
+end
+
+-- Let everybody see a campaign, if all of it is there: an upload may be cut in two by a failover.
+function operations.publish(token, size, due, ...)
+  if get('token') ~= token then
+    return 'lost'
+  end
+  if get('state') then
+    return 'published'
+  end
+  if redis.call('ZCARD', key('pending')) ~= tonumber(size) then
+    return 'lost'
+  end
+  redis.call('HSET', campaign, 'state', 'scheduled', 'size', size, 'send_at', due, 'created_at', now, ...)
+  for _, part in ipairs({campaign, key('recipients'), key('pending'), key('batches')}) do
+    redis.call('PERSIST', part)
+  end
+  redis.call('ZADD', index, now, id)
+  redis.call('ZADD', active, due, id)
+  return 'published'
+end
 
 -- A campaign that is due begins.
 function operations.start()
@@ -50,14 +143,26 @@ function operations.start()
   end
 end
 
--- Hand out the batches that are due, each to one caller only, and not again for `lease` seconds.
-function operations.take(limit, lease)
-  if get('state') ~= 'sending' or tonumber(get('waiting_until') or 0) > now then
-    return {}
+-- Hand out the batches that are due, each to one caller only, and not again for `lease` seconds. `taker` is one call's
+-- own.
+function operations.take(taker, limit, lease)
+  local batches = {}
+  local last, taken = string.match(get('taken') or '', '^(%S+)(.*)$')
+  if last == taker then
+    for batch in string.gmatch(taken, '%S+') do
+      table.insert(batches, batch)
+    end
+    return batches
   end
-  local batches = redis.call('ZRANGEBYSCORE', key('batches'), '-inf', now, 'LIMIT', 0, limit)
+  if get('state') ~= 'sending' or tonumber(get('waiting_until') or 0) > now then
+    return batches
+  end
+  batches = redis.call('ZRANGEBYSCORE', key('batches'), '-inf', now, 'LIMIT', 0, limit)
   for _, batch in ipairs(batches) do
     redis.call('ZADD', key('batches'), now + lease, batch)
+  end
+  if #batches > 0 then
+    redis.call('HSET', campaign, 'taken', taker .. ' ' .. table.concat(batches, ' '))
   end
   return batches
 end
@@ -104,14 +209,15 @@ function operations.begin_data(number, owner, lease)
     return 0
   end
   if get('state') ~= 'sending' then
-    move(number, 'sending', 'cancelled', now)
+    move(number, 'sending', never(number), now)
     return 0
   end
   move(number, 'sending', 'data', now + lease)
   return 1
 end
 
--- The owner knows the outcome. Also after its claim expired in the data phase: a late answer is an answer.
+-- The owner knows the outcome. Also after its claim expired in the data phase, and after the campaign was finished: a
+-- late answer is an answer.
 function operations.settle(number, owner, to, delay, reply, refund)
   if not owned(number, owner) then
     return 0
@@ -146,7 +252,8 @@ function operations.reschedule(batch, first, last)
 end
 
 -- Claims whose worker is gone: before DATA nothing was sent, after it nobody knows.
-function operations.expire(limit, most_attempts)
+-- Then what the policy sends again, once it was in doubt for `patience` seconds.
+function operations.expire(limit, most_attempts, patience)
   local sending = redis.call('ZRANGEBYSCORE', key('sending'), '-inf', now, 'LIMIT', 0, limit)
   for _, number in ipairs(sending) do
     local attempts = tonumber(redis.call('HGET', key('attempts'), number))
@@ -163,7 +270,50 @@ function operations.expire(limit, most_attempts)
     move(number, 'data', 'ambiguous', now)
     redis.call('HSET', key('replies'), number, 'the worker was lost after DATA')
   end
-  return {#sending, #data}
+  local doubtful = in_doubt_since(now - patience, tonumber(limit))
+  for _, number in ipairs(doubtful) do
+    resend(number, now)
+  end
+  return {#sending, #data, #doubtful}
+end
+
+-- Somebody decided about ambiguous recipients: `to` is sent or pending. Answers those that are as decided now, nil
+-- if the campaign was cancelled and sends nothing again.
+function operations.resolve(to, reply, ...)
+  if to == 'pending' and get('state') == 'cancelled' then
+    return nil
+  end
+  local resolved = {}
+  for _, number in ipairs({...}) do
+    if score('ambiguous', number) then
+      if to == 'pending' then
+        resend(number, now)
+        redis.call('HDEL', key('attempts'), number)
+      else
+        move(number, 'ambiguous', to, now)
+        redis.call('HDEL', key('owners'), number)
+      end
+      redis.call('HSET', key('replies'), number, reply)
+      table.insert(resolved, number)
+    elseif score(to == 'pending' and 'resent' or to, number) then
+      table.insert(resolved, number)
+    end
+  end
+  return resolved
+end
+
+-- The number of recipients in each of these states. Here, because Redis refuses MULTI when it is full.
+function operations.counts(...)
+  local counts = {}
+  for _, state in ipairs({...}) do
+    table.insert(counts, redis.call('ZCARD', key(state)))
+  end
+  return counts
+end
+
+-- Whether any recipient may still change without anybody's decision.
+function operations.open()
+  return open() and 1 or 0
 end
 
 -- The mail server is of no use now: no batch is handed out for a while.
@@ -174,11 +324,16 @@ function operations.wait(seconds, reason)
 end
 
 -- Nothing that is not on its way leaves any more. Answers the state before, nil if there is no such campaign.
-function operations.cancel(id)
+function operations.cancel()
   local state = get('state')
   if state == 'scheduled' or state == 'sending' then
     redis.call('HSET', campaign, 'state', 'cancelled')
     redis.call('HDEL', campaign, 'waiting_until', 'waiting_for')
+    for _, number in ipairs(redis.call('ZRANGE', key('resent'), 0, -1)) do
+      if score('pending', number) then
+        move(number, 'pending', 'ambiguous', now)
+      end
+    end
     if redis.call('EXISTS', key('pending')) == 1 then
       redis.call('RENAME', key('pending'), key('cancelled'))
     end
@@ -188,28 +343,32 @@ function operations.cancel(id)
   return state
 end
 
--- Closes a campaign with nothing left to do, once. From here on nothing of it changes.
-function operations.finish(id)
+-- Closes a campaign with nothing left to do, once. Only a late answer or a decision changes it from here on.
+function operations.finish()
   local state = get('state')
-  if (state ~= 'sending' and state ~= 'cancelled') or get('finished_at') then
+  if (state ~= 'sending' and state ~= 'cancelled') or get('finished_at') or open() then
     return 0
-  end
-  for _, open in ipairs({'pending', 'sending', 'data'}) do
-    if redis.call('ZCARD', key(open)) > 0 then
-      return 0
-    end
-  end
-  for _, closed in ipairs({'sent', 'failed', 'ambiguous', 'cancelled'}) do
-    redis.call('HSET', campaign, 'total_' .. closed, redis.call('ZCARD', key(closed)))
   end
   if state == 'sending' then
     redis.call('HSET', campaign, 'state', 'finished')
   end
   redis.call('HSET', campaign, 'finished_at', now)
-  redis.call('HDEL', campaign, 'waiting_until', 'waiting_for')
+  redis.call('HDEL', campaign, 'waiting_until', 'waiting_for', 'taken')
+  local late = {}
+  for _, number in ipairs(redis.call('ZRANGE', key('ambiguous'), 0, -1)) do
+    late[number] = redis.call('HGET', key('owners'), number) or nil
+  end
   redis.call('DEL', key('owners'), key('batches'))
+  for number, owner in pairs(late) do
+    redis.call('HSET', key('owners'), number, owner)
+  end
   redis.call('ZREM', active, id)
   return 1
 end
 
-return operations[ARGV[1]](unpack(ARGV, 2))
+local answer = operations[ARGV[1]](unpack(ARGV, 3))
+if ARGV[2] == 'confirm' and redis.call('EXISTS', campaign) == 1 then
+  -- From Redis 7.2 on WAIT waits for this connection's own writes alone, and a repeated call has none.
+  redis.call('HSET', campaign, 'confirmed', now)
+end
+return answer

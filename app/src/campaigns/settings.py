@@ -10,6 +10,7 @@ from urllib.parse import unquote, urlsplit
 
 SMTP_SCHEMES = {"smtp": 25, "smtp+starttls": 587, "smtps": 465}
 SMTP_FORM = "give smtp://, smtp+starttls:// or smtps://[USER@]HOST[:PORT]"
+POLICIES = ("hold", "resend")
 LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 
 
@@ -36,6 +37,19 @@ class Smtp:
 def check_seconds() -> int:
     """How often beat looks for work, in seconds."""
     return _seconds("CAMPAIGNS_CHECK_SECONDS", 60)
+
+
+def confirm_replicas() -> int:
+    """How many replicas of Redis must know that a mail leaves before it does. 0 where there are none."""
+    return _number("CAMPAIGNS_CONFIRM_REPLICAS", 0, least=0, most=10)
+
+
+def ambiguous() -> str:
+    """What becomes of a recipient in doubt, hold or resend; a campaign keeps what it was created with."""
+    value = os.environ.get("CAMPAIGNS_AMBIGUOUS") or POLICIES[0]
+    if value not in POLICIES:
+        raise SettingsError(f"CAMPAIGNS_AMBIGUOUS must be {' or '.join(POLICIES)}, not {value!r}")
+    return value
 
 
 def batch_size() -> int:
@@ -122,10 +136,10 @@ def _credential(name: str) -> str:
     return value
 
 
-def _number(name: str, default: int, unit: str = "number") -> int:
+def _number(name: str, default: int, unit: str = "number", least: int = 1, most: int = 86_400) -> int:
     value = os.environ.get(name) or str(default)
-    if not value.isdecimal() or not 1 <= int(value) <= 86_400:
-        raise SettingsError(f"{name} must be a whole {unit} from 1 to 86400, not {value!r}")
+    if not value.isdecimal() or not least <= int(value) <= most:
+        raise SettingsError(f"{name} must be a whole {unit} from {least} to {most}, not {value!r}")
     return int(value)
 
 

@@ -44,6 +44,7 @@ class Mailer:
     def __init__(self, server: settings.Smtp) -> None:
         self._server = server
         self._smtp: smtplib.SMTP | None = None
+        self._dropped = 0  # mails in a row
 
     def __enter__(self) -> Mailer:
         return self
@@ -71,14 +72,22 @@ class Mailer:
         """Send one mail and return the server's reply, None if `begin_data` forbade it.
 
         `begin_data` is asked right before DATA. A session that broke before that, as idle ones do, is opened
-        once more. Raises Unreachable, Refused, Dropped or InDoubt.
+        once more; a server that breaks those of two mails in a row is unreachable. Raises Unreachable,
+        Refused, Dropped or InDoubt.
         """
+        before, self._dropped = self._dropped, 0
         self.connect()
         try:
             return self._send(sender, recipient, mail, begin_data)
         except Dropped:
             self.connect()
+        try:
             return self._send(sender, recipient, mail, begin_data)
+        except Dropped as error:
+            self._dropped = before + 1
+            if self._dropped > 1:
+                raise Unreachable(f"{self._server}: {error}") from error
+            raise
 
     def _open(self) -> smtplib.SMTP:
         server = self._server

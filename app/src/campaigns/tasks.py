@@ -19,7 +19,7 @@ from campaigns import messages, settings
 from campaigns.celery import app
 from campaigns.messages import MessageError
 from campaigns.smtp import Dropped, InDoubt, Mailer, Refused, Unreachable
-from campaigns.store import MOST_ATTEMPTS, Campaign, Claim, Ledger, ledger
+from campaigns.store import MOST_ATTEMPTS, Campaign, Claim, Ledger, Unconfirmed, ledger
 
 LONGEST_RETRY_SECONDS = 3600
 # The lease of a mail on its way, as a multiple of the longest wait for its reply.
@@ -39,15 +39,14 @@ def _stop(**_: Any) -> None:
 def check_scheduled_campaigns() -> dict[str, int]:
     """Start what is due, recover what a lost worker or message left behind, enqueue what can be done now."""
     book = ledger()
-    total: Counter[str] = Counter(campaigns=0, batches=0, returned=0, ambiguous=0, finalizing=0)
+    total: Counter[str] = Counter(campaigns=0, batches=0, returned=0, ambiguous=0, resent=0, finalizing=0)
     for campaign_id in book.due_ids():
         book.start(campaign_id)
-        returned, ambiguous = book.expire_claims(campaign_id)
+        returned, ambiguous, resent = book.expire_claims(campaign_id, settings.retry_seconds())
         batches = book.take_batches(campaign_id, settings.requeue_seconds())
         for batch in batches:
             send_batch.delay(campaign_id, batch)
-        counts = book.counts(campaign_id)
-        finalizing = not open_count(counts)
+        finalizing = not book.open(campaign_id)
         if finalizing:
             finalize_campaign.delay(campaign_id)
         found = Counter(
@@ -55,10 +54,11 @@ def check_scheduled_campaigns() -> dict[str, int]:
             batches=len(batches),
             returned=returned,
             ambiguous=ambiguous,
+            resent=resent,
             finalizing=int(finalizing),
         )
         total.update(found)
-        _log("check", campaign_id, {**found, **counts})
+        _log("check", campaign_id, {**found, **book.counts(campaign_id)})
     return dict(total)
 
 
@@ -78,7 +78,7 @@ def send_batch(campaign_id: str, batch_no: int) -> dict[str, int]:
                 mailer.connect()
                 claim = book.claim(campaign_id, number, owner, settings.claim_seconds())
                 counts[_deliver(book, mailer, campaign, claim, columns) if claim else "skipped"] += 1
-        except Unreachable as error:
+        except (Unreachable, Unconfirmed) as error:
             counts["waiting"] += 1
             # Less than the time to the next check, so that this one tries again.
             book.wait(campaign_id, settings.check_seconds() / 2, str(error))
@@ -93,7 +93,7 @@ def send_batch(campaign_id: str, batch_no: int) -> dict[str, int]:
 
 @app.task
 def finalize_campaign(campaign_id: str) -> dict[str, int]:
-    """Write the totals and the finishing time of a campaign that is done; a second run changes nothing."""
+    """Write the finishing time of a campaign that is done; a second run changes nothing."""
     book = ledger()
     first = book.finish(campaign_id)
     counts = book.counts(campaign_id)
@@ -101,21 +101,20 @@ def finalize_campaign(campaign_id: str) -> dict[str, int]:
     return counts
 
 
-def open_count(counts: dict[str, int]) -> int:
-    """How many recipients may still change."""
-    return counts["pending"] + counts["sending"] + counts["data"]
-
-
 def _deliver(book: Ledger, mailer: Mailer, campaign: Campaign, claim: Claim, columns: dict[str, str]) -> str:
-    """Send one claimed recipient's mail, write the outcome and return its name. Raises Unreachable."""
+    """Send one claimed recipient's mail, write the outcome and return its name.
+
+    Raises Unreachable or Unconfirmed if the batch is to wait.
+    """
+    lease = settings.reply_seconds() * DATA_LEASE
     settle = partial(book.settle, claim)
-    begin_data = partial(book.begin_data, claim, settings.reply_seconds() * DATA_LEASE)
+    begin_data = partial(book.begin_data, claim, lease)
     try:
         origin = messages.sender(campaign.sender)
         content = messages.render(campaign.template, columns)
         mail = messages.build(campaign.id, origin, content, columns)
         reply = mailer.send(origin.addr_spec, columns["email"], mail, begin_data)
-    except Unreachable as error:
+    except (Unreachable, Unconfirmed) as error:
         # Not the recipient's fault: the attempt does not count.
         settle("pending", str(error), refund=True)
         raise
@@ -133,8 +132,12 @@ def _deliver(book: Ledger, mailer: Mailer, campaign: Campaign, claim: Claim, col
         return "failed"
     if reply is None:
         return "skipped"
-    if not settle("sent", reply):
-        # Sent, but already given up.
+    try:
+        known = settle("sent", reply, patience=lease)
+    except Unconfirmed:
+        known = False
+    if not known:
+        # Sent, but the ledger has given it up, or may forget it and then lists it as ambiguous.
         _log("late", campaign.id, {"recipient": claim.number}, level=logging.WARNING)
     return "sent"
 

@@ -72,10 +72,11 @@ class Stack:
     def variables(self) -> dict[str, dict[str, Any]]:
         """The variables of each host that tests ask for, templated."""
         names = (
-            "private_address", "group_names", "worker_pools", "app_queues", "app_celery", "nginx_server_name",
-            "nginx_tls", "credentials_file", "container_name", "redis_listen_addresses", "flower_listen_address",
-            "nginx_development_port", "mail_listen_address", "ansible_port", "monitor_parts",
-            "monitor_exporter_address", "monitor_listen_address",
+            "private_address", "private_services",
+            "group_names", "worker_pools", "app_queues", "app_celery", "nginx_server_name",
+            "nginx_tls", "credentials_file", "container_name", "redis_listen_address", "redis_replicated",
+            "nginx_development_port", "mail_listen_address", "ansible_port", "monitor_parts", "private_tls",
+            "haproxy_redis_nodes", "haproxy_services",
         )  # fmt: skip
         message = "{{ dict(['" + "', '".join(names) + "'] | zip([" + ", ".join(
             f"{name} | default(none)" for name in names
@@ -103,10 +104,11 @@ class Stack:
                 check=True,
             ).stdout
         values = yaml.safe_load(text)["credentials"]
-        public = ("flower_user", "ca_certificate", "nginx_certificate")
-        return {name: value for name, value in values.items() if name not in public} | {
-            "__user": values["flower_user"]
-        }
+        return {
+            name: value
+            for name, value in values.items()
+            if name != "flower_user" and not name.endswith("_certificate")
+        } | {"__user": values["flower_user"]}
 
     @property
     def login(self) -> str:
@@ -159,7 +161,12 @@ class Stack:
         ]
         for noun, unit in (("beat", "celery-beat"), ("flower", "celery-flower"), ("mail", "mail")):
             units += [f"{unit}.service"] if noun in groups else []
+        units += ["haproxy.service"] if self.has_haproxy(host) else []
         return units + self.monitoring(host)
+
+    def has_haproxy(self, host: str) -> bool:
+        """Whether a host offers something to others, or has Redis clients and other hosts beside it."""
+        return bool(self.variables[host]["haproxy_services"] or self.variables[host]["haproxy_redis_nodes"])
 
     def monitoring(self, host: str) -> list[str]:
         """The units of the monitoring on a host."""
@@ -182,14 +189,30 @@ class Stack:
         assert not check or done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
         return done
 
-    def redis(self, *command: str, user: str = "admin", password: str | None = None) -> str:
-        """What Redis answers to a user on its own host; the password goes through the environment of redis-cli."""
-        host = self.first("redis")
+    def redis(
+        self, *command: str, user: str = "admin", password: str | None = None, node: str | None = None
+    ) -> str:
+        """What the present primary, or the node on this host, answers to a user.
+
+        The password goes through the environment of redis-cli.
+        """
         secret = password if password is not None else self.secrets[f"redis_{user}"]
         words = " ".join(f"'{word}'" for word in command)
-        return host.run(
-            f"REDISCLI_AUTH={secret} redis-cli --no-auth-warning --user {user} {words}"
-        ).stdout.strip()
+        options = f"{'' if node else '--primary '}--user {user}"
+        host = self.host(node) if node else self.first("redis")
+        return host.run(f"REDISCLI_AUTH={secret} hothouse-redis-cli {options} {words}").stdout.strip()
+
+    def primary(self) -> str:
+        """The name of the host whose Redis is the primary now."""
+        address = self.first("redis").check_output("/opt/hothouse/lib/hothouse_redis.py primary")
+        names = [name for name in self.group("redis") if self.address(name) == address]
+        return names[0] if names else self.group("redis")[0]
+
+    def refusals(self) -> list[str]:
+        """What Redis refused, on whichever node, since this was last asked."""
+        command = "hothouse-redis-cli ACL LOG && hothouse-redis-cli ACL LOG RESET >&2"
+        logs = [self.host(name).check_output(command).strip() for name in self.group("redis")]
+        return [log for log in logs if log not in ("", "(empty array)")]
 
     def request(
         self, path: str, login: str | None = None, method: str = "GET", headers: dict[str, str] | None = None,
@@ -252,7 +275,7 @@ def stack() -> Iterator[Stack]:
     """The scenario's hosts. After all tests Redis must have refused nobody whom a test did not send to be refused."""
     found = Stack()
     yield found
-    assert found.redis("ACL", "LOG") in ("", "(empty array)")
+    assert found.refusals() == []
 
 
 @pytest.fixture

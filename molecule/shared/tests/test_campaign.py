@@ -61,6 +61,10 @@ def test_every_recipient_gets_exactly_one_mail(stack: Stack, wait: Callable[...,
     )
     assert report["counts"]["sent"] == len(recipients)
     assert delivered(stack, domain) == recipients
+    replies = json.loads(
+        host.check_output(f"hothouse-run campaigns show --json --state sent --limit 9 {campaign}")
+    )
+    assert [record["reply"][:3] for record in replies["sent"]] == ["250"] * 9
 
 
 def test_a_campaign_waits_for_an_unreachable_mail_server_and_loses_nothing(
@@ -99,6 +103,10 @@ def test_a_worker_killed_in_the_middle_costs_no_mail_and_doubles_none(
     report = show(host, campaign)
     assert report["counts"]["sent"] + report["counts"].get("ambiguous", 0) == len(recipients)
     assert len(arrived) >= report["counts"]["sent"]
+    # Nobody sends again what is in doubt; an operator decides.
+    done = host.run(f"hothouse-run campaigns resolve {campaign} --sent")
+    assert (done.rc, done.stdout.split(", ")[1]) == (0, "0 still ambiguous\n"), done.stderr
+    assert show(host, campaign)["counts"]["sent"] == len(recipients)
     # The counters of restarts, which other tests read, begin anew with a restart by hand.
     for name in stack.group("worker"):
         stack.host(name).check_output("systemctl restart 'celery-worker@email_senders-*.service'")

@@ -35,6 +35,9 @@ def test_prometheus_reads_every_part_of_every_host(stack: Stack, wait: Callable[
     expected |= {("alertmanager", stack.group("monitor")[0]), ("blackbox", stack.group("monitor")[0])}
     expected |= {("node", name) for name in stack.variables}
     expected |= {(noun, name) for noun in ("redis", "nginx") for name in stack.group(noun)}
+    expected |= {
+        ("haproxy", name) for name in stack.variables if stack.variables[name]["haproxy_redis_nodes"]
+    }
     assert {(target["labels"]["job"], target["labels"]["instance"]) for target in targets()} == expected
     wait(lambda: all(target["health"] == "up" for target in targets()), "every target", 60)
 
@@ -56,8 +59,35 @@ def test_queues_are_counted_where_they_are(stack: Stack, wait: Callable[..., Any
     queues = {f"queue={queue}" for queue in stack.variables[stack.group("app")[0]]["app_queues"]}
     for metric in ("hothouse_queue_messages", "hothouse_queue_oldest_seconds", "hothouse_queue_consumers"):
         wait(lambda name=metric: set(query(stack, f"max by (queue) ({name})")) == queues, metric, 60)
-    for metric in ("hothouse_unacked_messages", "hothouse_reply_queues", "hothouse_beat_late_seconds"):
-        assert len(query(stack, metric)) == 1, metric
+    for metric in (
+        "unacked_messages",
+        "reply_queues",
+        "beat_late_seconds",
+        "dead_letters",
+        "schedulers",
+        "app",
+    ):
+        assert len(query(stack, f"hothouse_{metric}")) == 1, metric
+
+
+def test_every_redis_is_seen_and_one_is_the_primary(stack: Stack, wait: Callable[..., Any]) -> None:
+    nodes = stack.group("redis")
+    assert query(stack, "hothouse_expected_redis") == {
+        f"__name__=hothouse_expected_redis instance={node}": 1 for node in nodes
+    }
+    wait(lambda: query(stack, "count(hothouse_redis_acl_denials)") == {"": len(nodes)}, "every node", 60)
+    wait(lambda: query(stack, "count(hothouse_redis_primary)") == {"": 1}, "one primary", 60)
+    replicas = "hothouse_redis_replicas and on (instance) hothouse_redis_primary"
+    wait(lambda: list(query(stack, replicas).values()) == [len(nodes) - 1], "every replica", 60)
+    watching = len(nodes) if len(nodes) > 1 else 0
+    wait(lambda: query(stack, "max(hothouse_redis_sentinels)") == {"": watching}, "every Sentinel", 60)
+
+
+def test_the_end_of_every_host_s_certificate_is_known(stack: Stack, wait: Callable[..., Any]) -> None:
+    hosts = set(stack.variables) if len(stack.variables) > 1 else set()
+    days = "(hothouse_certificate_expiry_timestamp_seconds - time()) / 86400 > 29"
+    found = {f"instance={name} job=node" for name in hosts}
+    wait(lambda: set(query(stack, days)) == found, "it", 60)
 
 
 @pytest.mark.parametrize("path", ["/", "/config.json", "/prometheus/", "/prometheus/api/v1/query?query=1",
@@ -73,10 +103,9 @@ def test_nothing_is_shown_without_the_login(stack: Stack, path: str) -> None:
 
 def test_the_monitoring_refuses_whoever_goes_around_nginx(stack: Stack) -> None:
     host = stack.first("monitor")
-    address = stack.variables[stack.group("monitor")[0]]["monitor_listen_address"]
     for where in (
-        f"{address}:9090/prometheus/api/v1/query?query=1",
-        f"{address}:9093/alertmanager/api/v2/alerts",
+        "127.0.0.1:9090/prometheus/api/v1/query?query=1",
+        "127.0.0.1:9093/alertmanager/api/v2/alerts",
         "127.0.0.1:9115/probe?module=public&target=http://127.0.0.1:9",
     ):
         ask = f"python3 -c \"import urllib.request as r; r.urlopen('http://{where}')\""

@@ -14,7 +14,7 @@ from urllib.parse import urlencode
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from conftest import Stack
-from playwright.sync_api import Browser, Locator, Page, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, Route, sync_playwright
 
 SCENARIOS = ("local",)
 
@@ -215,6 +215,19 @@ def differences(stack: Stack, page: Page) -> list[str]:
     if sorted(shown) != sorted(stack.variables[stack.group("app")[0]]["app_queues"]):
         found.append(f"queues: {shown}")
 
+    shown = table(page, "upkeep")
+    upkeep = {
+        "Dead letters": "hothouse_dead_letters",
+        "Schedulers": "hothouse_schedulers",
+        "Watchdog restarts": "sum(hothouse_watchdog_restarts_total) or vector(0)",
+        "Ambiguous recipients": 'hothouse_app{name="ambiguous_recipients"}',
+    }
+    if list(shown) != ["Dead letters", "Watchdog restarts", "Schedulers", "Ambiguous recipients"]:
+        found.append(f"upkeep: {list(shown)}")
+    for what, expression in upkeep.items():
+        [result] = prometheus(stack, expression, moment)
+        compare(what, shown[what]["Now"], float(result["value"][1]))
+
     ended = "sum by (task) (hothouse:flower_events:increase{type%s})"
     shown = table(page, "types")
     runs = by_label(stack, ended % '=~"task-succeeded|task-failed"', "task", moment)
@@ -320,6 +333,92 @@ def test_recent_tasks_lead_into_flower_and_can_be_filtered(
     wait(lambda: again.locator("#tasks-table tbody tr").count() == len(pings), "the same choice", 20)
 
 
+def test_what_needs_a_hand_is_counted_and_says_where_to_look(
+    stack: Stack, rest: None, visit: Callable[..., Visit], wait: Callable[..., Any]
+) -> None:
+    stack.redis("LPUSH", "q:dead-letter", "{}")
+    stack.redis("ZADD", "app:campaigns:ambiguous", "1", "test/1", "1", "test/2")
+    try:
+        page = visit().open()
+        wait(lambda: table(page, "upkeep")["Dead letters"]["Now"] == "1", "the dead letter", 60)
+        shown = table(page, "upkeep")
+        assert shown["Dead letters"]["State"] == "set aside"
+        assert shown["Dead letters"]["Meaning"].endswith(
+            "hothouse-run python -m hothouse_celery dead-letters"
+        )
+        assert (shown["Ambiguous recipients"]["Now"], shown["Ambiguous recipients"]["State"]) == (
+            "2",
+            "too many",
+        )
+        assert page.locator("#nodes-panel").is_hidden()
+        assert violations(page) == []
+    finally:
+        stack.redis("DEL", "q:dead-letter")
+        stack.redis("ZREM", "app:campaigns:ambiguous", "test/1", "test/2")
+
+
+NODES = ["redis1", "redis2", "redis3"]
+
+
+def of_several_nodes() -> list[tuple[str, float, dict[str, str]]]:
+    """What Prometheus says when redis1 was killed, redis2 took over and redis3 does not follow it."""
+    figures: list[tuple[str, float, dict[str, str]]] = [
+        ("hothouse_redis_primary", 1, {"instance": "redis2"}),
+        ("hothouse_redis_replicas", 0, {"instance": "redis2"}),
+        ("redis_master_link_up", 0, {"instance": "redis3"}),
+        ("haproxy_backend_active_servers", 1, {"instance": "worker1", "proxy": "redis"}),
+        ("haproxy_backend_active_servers", 0, {"instance": "worker2", "proxy": "redis"}),
+    ]
+    for node in NODES:
+        figures.append(("redis_up", float(node != "redis1"), {"instance": node}))
+        if node != "redis1":
+            figures.append(("hothouse_redis_sentinels", 2, {"instance": node}))
+            figures.append(("redis_memory_used_bytes", 30, {"instance": node}))
+            figures.append(("redis_memory_max_bytes", 100, {"instance": node}))
+    return figures
+
+
+@pytest.mark.parametrize("viewport", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_several_redis_nodes_are_shown_with_their_roles(
+    stack: Stack, rest: None, visit: Callable[..., Visit], viewport: dict[str, int]
+) -> None:
+    """This scenario has one, so the answers of the others are put in; tests/unit runs three for the figures."""
+    one = visit(viewport=viewport)
+    config = stack.request("/config.json", stack.login).json() | {"redis_nodes": NODES}
+    one.page.route("**/config.json", lambda route: route.fulfill(json=config))
+
+    def answer(route: Route) -> None:
+        found = stack.request(route.request.url.removeprefix(one.origin), stack.login).json()
+        own = [
+            result
+            for result in found["data"]["result"]
+            if not re.match("redis_|hothouse_redis_", result["metric"].get("__name__", ""))
+        ]
+        others = [
+            {"metric": {"__name__": name} | labels, "value": [own[0]["value"][0], str(value)]}
+            for name, value, labels in of_several_nodes()
+        ]
+        found["data"]["result"] = own + others
+        route.fulfill(json=found)
+
+    one.page.route(lambda url: "hothouse_dead_letters" in url, answer)
+    page = one.open()
+    dash = "\N{EN DASH}"
+    assert {node: list(row.values())[1:] for node, row in table(page, "nodes").items()} == {
+        "redis1": ["no answer", dash, dash, dash],
+        "redis2": ["primary, refuses writes", "0", "2", "30 %"],
+        "redis3": ["replica, does not follow", dash, "2", "30 %"],
+    }
+    shown = table(page, "upkeep")
+    assert {what: [row["State"], row["Now"]] for what, row in shown.items() if " of " in row["Now"]} == {
+        "Redis replicas": ["none", "0 of 2"],
+        "Sentinels": ["some missing", "2 of 3"],
+        "Ways to Redis": ["too few", "1 of 2"],
+    }
+    assert violations(page) == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
+
+
 def test_the_failures_of_a_type_are_one_press_away(
     stack: Stack, rest: None, visit: Callable[..., Visit]
 ) -> None:
@@ -421,7 +520,8 @@ def test_a_narrow_page_keeps_its_tables_for_a_screen_reader(rest: None, visit: C
     for page in (wide, narrow):
         for role in ("banner", "main", "contentinfo", "navigation", "search"):
             assert page.get_by_role(role).count() == 1, role
-        assert page.get_by_role("table").count() == 8
+        # That of the Redis nodes is hidden where there is one.
+        assert page.get_by_role("table").count() == 9
         assert page.get_by_role("table", name="The newest").get_by_role("columnheader").all_inner_texts() == [
             "Name", "UUID", "State", "Received", "Started", "Runtime", "Arguments",
         ]  # fmt: skip
@@ -572,7 +672,7 @@ def test_without_a_monitor_host_the_page_says_so_and_asks_flower(
     one = visit()
     one.page.route("**/config.json", lambda route: route.fulfill(json=config))
     page = one.open()
-    for section in ("types", "plots"):
+    for section in ("types", "upkeep", "plots"):
         assert "no monitor host" in page.locator(f"#{section}-notice").inner_text()
     assert "no alert is found or sent" in page.locator("#alerts").inner_text()
     wait(
@@ -641,7 +741,7 @@ def test_a_prometheus_that_is_down_is_shown_as_such(
     page = visit().open()
     before = table(page, "types")
     stopped("monitor", "prometheus")
-    for section in ("types", "plots", "queues"):
+    for section in ("types", "plots", "queues", "upkeep"):
         notice = page.locator(f"#{section}-notice")
         notice.wait_for(state="visible", timeout=30000)
         assert "Prometheus cannot be reached" in notice.inner_text()
@@ -651,6 +751,6 @@ def test_a_prometheus_that_is_down_is_shown_as_such(
     assert page.locator("#workers-panel").get_attribute("data-old") == "false"
     assert violations(page) == []
     stack.first("monitor").check_output("systemctl start prometheus")
-    for section in ("types", "plots", "queues"):
+    for section in ("types", "plots", "queues", "upkeep"):
         page.locator(f"#{section}-notice").wait_for(state="hidden", timeout=90000)
     page.wait_for_function("() => !document.querySelector('#alerts-list').textContent.includes('not known')")

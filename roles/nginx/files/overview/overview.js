@@ -370,7 +370,9 @@ async function query(expression) {
 
 /** Seconds since each job was last scraped with success, looked at every 15 s for an hour. */
 const SCRAPED = 'time() - max by (job) (max_over_time((time() * (up{job=~"flower|redis"} == 1))[1h:15s]))';
-const OURS = '{__name__=~"hothouse:task_.+|hothouse_queue_.+|hothouse_unacked_.+"}';
+const OURS = '{__name__=~"hothouse:task_.+|hothouse_queue_.+|hothouse_unacked_.+|hothouse_dead_letters|hothouse_schedulers|' +
+  'hothouse_app|hothouse_hung_service|hothouse_watchdog_restarts_total|hothouse_redis_(primary|replicas|sentinels)|' +
+  'redis_(up|master_link_up|memory_used_bytes|memory_max_bytes)|haproxy_backend_active_servers"}';
 /** What ended within the window, counted as the alerts count it. */
 const EVENTS = 'sum by (task, type) (hothouse:flower_events:increase{type=~"task-succeeded|task-failed"})';
 
@@ -409,9 +411,11 @@ async function readPrometheus() {
       unacked,
       unackedOldest,
     });
+    showNodes(series);
+    showUpkeep(series, (name) => ours.filter(({ metric }) => metric.__name__ === name));
   }
   // The moment that these numbers are of, by the clock of Prometheus.
-  for (const id of ["types-table", "queues-table"]) if (ours.length) $(id).dataset.time = ours[0].time;
+  for (const id of ["types-table", "queues-table", "upkeep-table"]) if (ours.length) $(id).dataset.time = ours[0].time;
   if (plots) showPlots(plots);
 }
 
@@ -516,6 +520,125 @@ function showQueues({ messages, oldest, consumers, unacked, unackedOldest }) {
     detail: longest?.waiting > 0 ? longest.queue : "in the longest queue",
     source: "queues",
   });
+}
+
+/** The nodes of Redis, where there are several. */
+function showNodes(series) {
+  const { redis_nodes: nodes } = settings.config;
+  $("nodes-panel").hidden = nodes.length < 2;
+  if (nodes.length < 2) return;
+  const figure = (name) => series(name, "instance");
+  const [up, primary, replicas, sentinels, link] =
+    ["redis_up", "hothouse_redis_primary", "hothouse_redis_replicas", "hothouse_redis_sentinels", "redis_master_link_up"].map(figure);
+  const [used, most] = ["redis_memory_used_bytes", "redis_memory_max_bytes"].map(figure);
+  fillTable(
+    $("nodes-table"),
+    nodes.map((node) => {
+      const [level, state] =
+        !up.has(node) ? ["bad", "not seen"]
+        : up.get(node) === 0 ? ["bad", "no answer"]
+        : primary.has(node) ? (replicas.get(node) > 0 ? ["good", "primary"] : ["bad", "primary, refuses writes"])
+        : replicas.has(node) ? ["bad", "takes itself for the primary"]
+        : link.get(node) === 0 ? ["bad", "replica, does not follow"] : ["good", "replica"];
+      const share = most.get(node) > 0 ? percent((100 * used.get(node)) / most.get(node)) : NONE;
+      return {
+        key: node,
+        cells: [
+          { text: node, make: () => breakable(node) },
+          { text: state, make: () => mark(level, state) },
+          { text: digits(replicas.get(node)), class: "number" },
+          { text: digits(sentinels.get(node)), class: "number" },
+          { text: share, class: "number" },
+        ],
+      };
+    }),
+    "The inventory has no Redis",
+  );
+}
+
+/** What is counted and on no other page: dead letters, restarts, schedulers, what Redis is made of, the application's own. */
+function showUpkeep(series, of) {
+  const { redis_nodes: nodes, app_gauges: gauges, thresholds } = settings.config;
+  const only = (name) => series(name, "").values().next().value;
+
+  const hung = of("hothouse_hung_service").map(({ metric }) => `${metric.name} on ${metric.instance}`).sort();
+  const restarts = of("hothouse_watchdog_restarts_total").reduce((sum, { value }) => sum + value, 0);
+  const beats = only("hothouse_schedulers");
+  const rows = [
+    {
+      ...limitOf(only("hothouse_dead_letters"), thresholds.dead_letters, "set aside"), what: "Dead letters",
+      meaning: "Messages that are not tried again, since whoever took them was killed. To see them: ",
+      command: "hothouse-run python -m hothouse_celery dead-letters",
+    },
+    {
+      what: "Watchdog restarts", level: hung.length ? "warn" : "good", number: digits(restarts),
+      state: hung.length ? "of late" : restarts ? "none of late" : "none",
+      meaning: `Services that lived, but did not work any more. ${hung.join(", ")}`.trim(),
+    },
+    {
+      what: "Schedulers", level: beats > 1 ? "warn" : beats === 1 ? "good" : "idle", number: digits(beats),
+      state: beats > 1 ? "more than one" : beats === 1 ? "one" : "none",
+      meaning: "Beats that schedule; all but one stand by.",
+    },
+  ];
+
+  if (nodes.length > 1) {
+    const [primary] = series("hothouse_redis_primary", "instance").keys();
+    const sentinels = of("hothouse_redis_sentinels").map(({ value }) => value);
+    rows.push(
+      {
+        ...shareOf(series("hothouse_redis_replicas", "instance").get(primary), nodes.length - 1, 1, "all follow"),
+        what: "Redis replicas", meaning: "Copies of the primary; without any it refuses writes.",
+      },
+      {
+        ...shareOf(sentinels.length ? Math.max(...sentinels) : undefined, nodes.length, Math.floor(nodes.length / 2) + 1, "all watch"),
+        what: "Sentinels", meaning: "Most of them have to agree before another node becomes the primary.",
+      },
+    );
+  }
+  const ways = of("haproxy_backend_active_servers").filter(({ metric }) => metric.proxy === "redis");
+  if (ways.length) {
+    rows.push({
+      ...shareOf(ways.filter(({ value }) => value > 0).length, ways.length, ways.length, "all open"),
+      what: "Ways to Redis", meaning: "Hosts that reach the primary.",
+    });
+  }
+  const values = series("hothouse_app", "name");
+  for (const { name, help, alert_above: limit } of gauges) {
+    const words = name.replaceAll("_", " ");
+    rows.push({ ...limitOf(values.get(name), limit, "too many"), what: words[0].toUpperCase() + words.slice(1), meaning: help });
+  }
+
+  fillTable(
+    $("upkeep-table"),
+    rows.map(({ what, level, state, number, over = false, meaning, command }) => ({
+      key: what,
+      cells: [
+        { text: what },
+        { text: state, sign: `${level}${state}`, make: () => mark(level, state) },
+        limited(number, over),
+        {
+          text: `${meaning}${command ?? ""}`,
+          make: () => element("span", {}, meaning, command ? element("span", { class: "code" }, command) : ""),
+        },
+      ],
+    })),
+    "",
+  );
+}
+
+/** State and number of something of which there may be `limit`; undefined is no limit. */
+function limitOf(value, limit, excess) {
+  const over = value > limit;
+  const state = !known(value) ? "no figure" : over ? excess : value > 0 ? "some" : "none";
+  return { over, state, level: !known(value) ? "idle" : over ? "warn" : "good", number: digits(value) };
+}
+
+/** State and number of something of which there should be `all`, and has to be `least`. */
+function shareOf(found, all, least, complete) {
+  const [level, state] = !known(found) ? ["warn", "no figure"]
+    : found >= all ? ["good", complete] : found >= least ? ["warn", "some missing"] : ["bad", found ? "too few" : "none"];
+  return { level, state, number: `${known(found) ? found : NONE} of ${all}` };
 }
 
 /** A cell with a number that has a limit. */
@@ -928,6 +1051,7 @@ const SECTIONS = {
   tasks: { source: flower, title: "Recent tasks" },
   queues: { source: prometheus, title: "Queues", job: "redis" },
   types: { source: prometheus, title: "Task types", job: "flower" },
+  upkeep: { source: prometheus, title: "Upkeep", job: "redis" },
   plots: { source: prometheus, title: "Plots", job: "flower" },
 };
 const MEANING = {
@@ -999,10 +1123,11 @@ function showSource(item, source) {
 function withoutPrometheus() {
   const none = "This environment has no monitor host (its group monitor is empty)";
   setText($("types-notice"), `${none}: nothing records runs, success rates and runtimes. The list of tasks below, and Flower, have single tasks.`);
+  setText($("upkeep-notice"), `${none}: nothing watches what may need a hand.`);
   setText($("plots-notice"), `${none}: nothing is recorded over time.`);
   $("alerts-list").replaceChildren(element("p", {}, mark("idle", `${none}: no alert is found or sent.`)));
-  for (const id of ["types-notice", "plots-notice"]) $(id).hidden = false;
-  for (const id of ["types-panel", "figures", "ranges"]) $(id).hidden = true;
+  for (const id of ["types-notice", "upkeep-notice", "plots-notice"]) $(id).hidden = false;
+  for (const id of ["types-panel", "upkeep-panel", "figures", "ranges"]) $(id).hidden = true;
 }
 
 /** The choices stand in the address, so that it can be sent to somebody. */

@@ -1,0 +1,164 @@
+"""The scheduler of the deployment, hothouse_celery.beat: one schedules, and no due time is served twice."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Redis, wait_until
+from hosts import celery, set_up
+from proxy import Proxy
+
+LOCK_SECONDS = 6
+Beat = Callable[..., AbstractContextManager[Any]]
+
+
+def clear(redis: Redis) -> None:
+    for key in [*redis.admin.keys("redbeat*"), "q:trials"]:
+        redis.admin.delete(key)
+
+
+@pytest.fixture
+def shim(redis_server: Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Redis]:
+    """The environment of a beat, with an empty schedule and queue."""
+    clear(redis_server)
+    connection = {"socket_timeout": 5, "socket_connect_timeout": 3}
+    set_up(
+        monkeypatch,
+        tmp_path,
+        redis_server.admin_url,
+        hothouse_transport=True,
+        timezone="UTC",
+        task_publish_retry_policy={"max_retries": 3, "interval_start": 0, "interval_max": 0.2},
+        beat_scheduler="hothouse_celery.beat:Scheduler",
+        beat_max_loop_interval=1,
+        redbeat_key_prefix="redbeat:",
+        redbeat_lock_timeout=LOCK_SECONDS,
+        redbeat_redis_options=connection,
+        broker_transport_options={"global_keyprefix": "q:", **connection},
+        beat_schedule={
+            "often": {"task": "trials.say", "schedule": 1.0, "args": ["often"]},
+            "seldom": {"task": "trials.say", "schedule": 3.0, "args": ["seldom"]},
+        },
+    )
+    yield redis_server
+    clear(redis_server)
+
+
+@pytest.fixture
+def beat(shim: Redis, tmp_path: Path) -> Beat:
+    """Start a beat. Its log is a file of this name; settings of its own replace those of the environment."""
+
+    def start(name: str, **settings: Any) -> AbstractContextManager[Any]:
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps(json.loads((tmp_path / "celery.json").read_text()) | settings))
+        words = ["beat", "--loglevel=INFO", "--pidfile="]
+        return celery(tmp_path / f"{name}.log", *words, HOTHOUSE_SETTINGS=str(path))
+
+    return start
+
+
+def sent(redis: Redis, name: str = "often") -> list[tuple[float, str]]:
+    """When the tasks of an entry were published and their ids, the first one first."""
+    messages = [json.loads(message) for message in reversed(redis.admin.lrange("q:trials", 0, -1))]
+    return [
+        (message["headers"]["published"], message["headers"]["id"])
+        for message in messages
+        if name in message["headers"]["argsrepr"]
+    ]
+
+
+def check_served_once(tasks: list[tuple[float, str]], seconds: float) -> None:
+    """No two ids alike, and never two tasks for one due time."""
+    assert len({task for _, task in tasks}) == len(tasks)
+    gaps = [later - earlier for (earlier, _), (later, _) in pairwise(tasks)]
+    assert all(gap > seconds * 0.9 for gap in gaps), gaps
+
+
+def test_two_schedulers_that_both_have_a_lock_send_each_due_task_once(shim: Redis, beat: Beat) -> None:
+    with beat("one", redbeat_lock_key="one"), beat("two", redbeat_lock_key="two"):
+        wait_until(lambda: shim.admin.exists("redbeat:one", "redbeat:two") == 2)
+        shim.admin.delete("q:trials")
+        wait_until(lambda: len(sent(shim)) > 14, 60)
+        often, seldom = sent(shim), sent(shim, "seldom")
+        assert len(shim.admin.keys("redbeat:slot:*")) >= len(often)
+    check_served_once(often, 1)
+    check_served_once(seldom, 3)
+    assert often[-1][0] - often[0][0] < len(often) * 1.6, "due times were left out"
+
+
+def test_a_scheduler_that_is_killed_is_followed_within_the_time_of_its_lock(
+    shim: Redis, beat: Beat, tmp_path: Path
+) -> None:
+    with beat("one") as one:
+        wait_until(lambda: len(sent(shim)) > 1)
+        with beat("two"):
+            wait_until(lambda: "stands by" in (tmp_path / "two.log").read_text() or sent(shim, "seldom"))
+            wait_until(lambda: len(sent(shim)) > 4)
+            assert "Sending due task" not in (tmp_path / "two.log").read_text()
+            one.kill()
+            killed, before = time.time(), len(sent(shim))
+            wait_until(lambda: len(sent(shim)) > before + 1, 3 * LOCK_SECONDS)
+            print(f"the next task came {sent(shim)[before][0] - killed:.1f} s after the kill")
+            assert sent(shim)[before][0] - killed < LOCK_SECONDS + 2.5
+    check_served_once(sent(shim), 1)
+
+
+def test_a_lock_that_is_lost_is_taken_again_by_one_of_them(shim: Redis, beat: Beat, tmp_path: Path) -> None:
+    """As after a failover to a replica that had not heard of it."""
+    with beat("one") as one, beat("two") as two:
+        wait_until(lambda: len(sent(shim)) > 1)
+        for _ in range(5):
+            shim.admin.delete("redbeat::lock")
+            before = len(sent(shim))
+            wait_until(lambda before=before: len(sent(shim)) > before + 1, 10)
+        assert one.poll() is None and two.poll() is None
+        assert shim.admin.exists("redbeat::lock")
+    check_served_once(sent(shim), 1)
+
+
+def test_a_task_that_could_not_be_sent_is_sent_as_soon_as_it_can_be(
+    shim: Redis, beat: Beat, tmp_path: Path
+) -> None:
+    with beat("one"):
+        wait_until(lambda: sent(shim, "seldom"))
+        shim.admin.delete("q:trials")
+        shim.admin.set("q:trials", "no list")
+        wait_until(lambda: (tmp_path / "one.log").read_text().count("Could not send") > 1)
+        shim.admin.delete("q:trials")
+        mended = time.time()
+        wait_until(lambda: sent(shim) and sent(shim, "seldom"), 10)
+        assert sent(shim)[0][0] - mended < 2
+    check_served_once(sent(shim), 1)
+
+
+def test_a_scheduler_outlives_an_outage_of_redis(shim: Redis, beat: Beat, tmp_path: Path) -> None:
+    proxy = Proxy(shim.admin.connection_pool.connection_kwargs["port"])
+    credential = tmp_path / "broker_url"
+    credential.write_text(credential.read_text().replace(f":{proxy.target}/", f":{proxy.port}/"))
+    with beat("one") as one:
+        wait_until(lambda: len(sent(shim)) > 1)
+        proxy.cut()
+        wait_until(lambda: "does not answer" in (tmp_path / "one.log").read_text())
+        wait_until(lambda: not shim.admin.exists("redbeat::lock"), 3 * LOCK_SECONDS)
+        proxy.mend()
+        mended, before = time.time(), len(sent(shim))
+        wait_until(lambda: len(sent(shim)) > before + 1, 10)
+        print(f"the next task came {sent(shim)[before][0] - mended:.1f} s after Redis")
+        assert one.poll() is None
+    proxy.close()
+    check_served_once(sent(shim), 1)
+
+
+def test_who_schedules_is_noted_and_no_longer_when_it_stops(shim: Redis, beat: Beat) -> None:
+    with beat("one") as one:
+        wait_until(lambda: shim.admin.zcard("redbeat:schedulers") == 1)
+        one.terminate()
+        assert one.wait(10) == 0
+    assert not shim.admin.exists("redbeat:schedulers", "redbeat::lock")

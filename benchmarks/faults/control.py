@@ -1,0 +1,69 @@
+"""The control: a worker with the settings and the transport that Celery comes with, on the same hosts and Redis."""
+
+from __future__ import annotations
+
+import json
+import time
+
+from collector import Tasks
+from hosts import Hosts, wait
+
+UNIT = "fault-control.service"
+QUEUE = "fault-control"
+FIRST, COUNT = 30_000_000, 400
+SETTINGS = {
+    "broker_transport_options": {"global_keyprefix": "q:"},
+    "task_default_queue": QUEUE,
+    "imports": ["hothouse_faults"],
+}
+# Publishes tasks: a JSON list of arguments on standard input, the task's name and the queue as arguments.
+PUBLISH = """
+import json, sys
+from hothouse_celery import app
+for arguments in json.load(sys.stdin):
+    app.send_task(sys.argv[1], arguments, **({"queue": sys.argv[2]} if sys.argv[2:] else {}))
+"""
+
+
+def publish(hosts: Hosts, task: str, arguments: list[list[object]], queue: str = "") -> None:
+    """Publish a task once for each list of arguments, from the host in front."""
+    front = next(name for name in hosts.groups["app"] if name not in hosts.groups["redis"])
+    words = f"hothouse-run python -c '{PUBLISH}' {task} {queue}"
+    hosts.run(front, f"printf '%s' '{json.dumps(arguments)}' | {words}")
+
+
+def run(hosts: Hosts, tasks: Tasks, kills: int) -> int:
+    """Kill a stock worker `kills` times while it works; the number of tasks that are gone for good."""
+    host = hosts.groups["worker"][0]
+    hosts.run(
+        host,
+        f"printf '%s' '{json.dumps(SETTINGS)}' >/run/fault-control.json && systemd-run --quiet --unit {UNIT} "
+        "--property=User=hothouse --property=Restart=always --property=RestartSec=0 "
+        "--property=LoadCredential=broker_url:/etc/hothouse/credentials/worker_broker_url "
+        "--property=EnvironmentFile=/etc/hothouse/app.env --setenv=HOTHOUSE_SETTINGS=/run/fault-control.json "
+        "--setenv=PYTHONPATH=/opt/hothouse/lib /opt/hothouse/app/current/bin/celery --app hothouse_celery "
+        f"worker --queues {QUEUE} --concurrency 4 --without-gossip --without-mingle --hostname control@fault",
+    )
+    numbers = range(FIRST, FIRST + COUNT)
+    try:
+        publish(hosts, "faults.note", [[number, 0.1] for number in numbers], QUEUE)
+        for _kill in range(kills):
+            done = len([n for n in numbers if n in tasks.ends])
+            wait(
+                lambda done=done: len([n for n in numbers if n in tasks.ends]) > done + 5,
+                "the worker to work",
+                60,
+            )
+            hosts.run(host, f"systemctl kill --kill-whom=all --signal=KILL {UNIT}")
+        # Nothing waits any more, and nothing has come to its end for a while.
+        wait(lambda: not backlog(hosts), "an empty queue", 120)
+        last = -1
+        while last != (last := len([n for n in numbers if n in tasks.ends])):
+            time.sleep(3)
+    finally:
+        hosts.run(host, f"systemctl stop {UNIT}; rm -f /run/fault-control.json", check=False)
+    return COUNT - len([n for n in numbers if n in tasks.ends])
+
+
+def backlog(hosts: Hosts) -> int:
+    return int(hosts.run(hosts.primary(), f"hothouse-redis-cli LLEN q:{QUEUE}"))

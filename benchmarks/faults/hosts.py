@@ -1,0 +1,110 @@
+"""The local hosts of the Molecule scenario `faults`, and what can be done to them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+NETWORK = "hothouse-molecule-faults"
+SSH = REPOSITORY / f".hothouse/ssh/{NETWORK}.config"
+MASTER_NAME = "hothouse"
+
+
+class Unready(Exception):
+    """The hosts are not there, or a command on one of them failed; the message names it."""
+
+
+def wait(condition: Callable[[], Any], what: str, seconds: float) -> Any:
+    """Return the first true value of a condition. Raises TimeoutError."""
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        if time.monotonic() > end:
+            raise TimeoutError(f"{what} did not come true in {seconds:g} s")
+        time.sleep(0.2)
+    return value
+
+
+class Hosts:
+    """Names, addresses and groups, as molecule/shared/create.yml noted them down."""
+
+    def __init__(self) -> None:
+        path = SSH.with_suffix(".yml")
+        if not path.exists():
+            raise Unready("there are no hosts: run `molecule converge -s faults`, see docs/faults.md")
+        inventory = yaml.safe_load(path.read_text())["all"]
+        self.addresses: dict[str, str] = {
+            name: values["private_address"] for name, values in inventory["hosts"].items()
+        }
+        self.groups: dict[str, list[str]] = {
+            name: list(group["hosts"]) for name, group in inventory["children"].items()
+        }
+        # Where the hosts find this machine.
+        self.gateway = next(iter(self.addresses.values())).rpartition(".")[0] + ".1"
+
+    def run(self, host: str, command: str, check: bool = True, seconds: float = 60) -> str:
+        """Run a command as root and return what it prints. Raises Unready."""
+        words = ["ssh", "-F", SSH, "-o", "ConnectTimeout=5", host, command]
+        try:
+            done = subprocess.run(words, capture_output=True, text=True, timeout=seconds, check=False)
+        except subprocess.TimeoutExpired as error:
+            if check:
+                raise Unready(f"{host}: {command}: no end after {seconds:g} s") from error
+            return ""
+        if check and done.returncode:
+            raise Unready(f"{host}: {command}: {done.stderr.strip() or done.stdout.strip()}")
+        return done.stdout.strip()
+
+    def podman(self, *words: str) -> None:
+        """Do something to a container. Raises Unready."""
+        command = [*([] if os.geteuid() == 0 else ["sudo"]), "podman", *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise Unready(f"{' '.join(command)}: {done.stderr.strip()}")
+
+    def power_off(self, host: str) -> None:
+        """Cut a host's power: nothing on it has time for anything."""
+        self.podman("kill", "--signal", "KILL", f"{NETWORK}-{host}")
+
+    def power_on(self, host: str) -> None:
+        """Start a host and wait until it lets us in."""
+        self.podman("start", f"{NETWORK}-{host}")
+        subprocess.run(["ssh", "-F", SSH, "-O", "exit", host], capture_output=True, check=False)
+        wait(lambda: self.run(host, "echo up", check=False, seconds=10), f"{host} to let us in", 60)
+
+    def primary(self) -> str:
+        """The host that most Sentinels call the primary. Raises Unready if none answers."""
+        by_address = {address: name for name, address in self.addresses.items()}
+        for host in self.groups["redis"]:
+            answer = self.run(
+                host,
+                f"timeout 3 hothouse-redis-cli --sentinel SENTINEL get-master-addr-by-name {MASTER_NAME}",
+                check=False,
+                seconds=10,
+            ).split()
+            if answer and answer[0] in by_address:
+                return by_address[answer[0]]
+        raise Unready("no Sentinel answers")
+
+    def healthy(self) -> bool:
+        """Whether there is a primary with all its replicas, and a Sentinel on each host of the group."""
+        try:
+            host = self.primary()
+            replication = self.run(host, "hothouse-redis-cli INFO replication", check=False)
+            heard = self.run(
+                host, f"hothouse-redis-cli --sentinel SENTINEL ckquorum {MASTER_NAME}", check=False
+            )
+        except Unready:
+            return False
+        others = len(self.groups["redis"]) - 1
+        return (
+            "role:master" in replication
+            and f"min_slaves_good_slaves:{others}" in replication
+            and heard.startswith(f"OK {others + 1} ")
+        )

@@ -1,0 +1,76 @@
+"""Tasks that tell the collector on the machine outside that they ran, and a producer that tells it what it published.
+
+On the hosts, beside hothouse_celery; HOTHOUSE_FAULTS is the collector's address. The producer:
+
+    hothouse-run python -m hothouse_faults RATE
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import time
+
+from celery import shared_task
+
+
+def tell(connection: socket.socket, line: str) -> str:
+    """Send a line and return the answer, which says that it is noted."""
+    connection.sendall(f"{line}\n".encode())
+    answer = connection.makefile().readline().strip()
+    if not answer:
+        raise ConnectionError("the collector is gone")
+    return answer
+
+
+def connect() -> socket.socket:
+    host, _, port = os.environ["HOTHOUSE_FAULTS"].partition(":")
+    return socket.create_connection((host, int(port)), timeout=10)
+
+
+@shared_task(name="faults.note", ignore_result=True)
+def note(number: int, seconds: float) -> None:
+    """Run for some seconds, which the collector hears at the beginning and at the end."""
+    name = socket.gethostname()
+    with connect() as connection:
+        tell(connection, f"start {number} {name}")
+        time.sleep(seconds)
+        tell(connection, f"end {number} {name}")
+
+
+@shared_task(name="faults.poison", ignore_result=True)
+def poison(number: int, victim: str) -> None:
+    """Kill the process that runs it (`child`), or the worker with all its children (`worker`)."""
+    with connect() as connection:
+        tell(connection, f"start {number} {socket.gethostname()}")
+    if victim == "worker":
+        os.killpg(os.getppid(), signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def produce(rate: float) -> None:
+    """Publish `rate` tasks a second, one after the other, until the collector says stop."""
+    number, begin, answer = 0, time.monotonic(), "go"
+    with connect() as connection:
+        while answer != "stop":
+            before = time.monotonic()
+            try:
+                note.delay(number, 0.05)
+                line = f"published {number} {time.monotonic() - before:.3f}"
+            except Exception as error:  # whatever reaches the caller is what is counted
+                line = f"refused {number} {' '.join(repr(error).split())}"
+            answer = tell(connection, line)
+            number += 1
+            ahead = begin + number / rate - time.monotonic()
+            if ahead > 0:
+                time.sleep(ahead)
+            else:
+                begin = time.monotonic() - number / rate
+
+
+if __name__ == "__main__":
+    import hothouse_celery  # noqa: F401 - the application that the tasks belong to
+
+    produce(float(sys.argv[1]))

@@ -1,0 +1,124 @@
+"""The commands of the deployment.
+
+check                does the application import? Prints its tasks.
+ping QUEUE…          does a task cross every queue? Prints who answered.
+dead-letters         the messages that were put aside, because whoever took them died each time
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from datetime import UTC, datetime
+from typing import Any
+
+from celery.exceptions import TimeoutError as ResultTimeout
+
+from hothouse_celery import PING_TASK, app, dead
+
+
+def main() -> int:
+    """Run the command; 0 if all is well."""
+    parser = argparse.ArgumentParser(
+        prog="python -m hothouse_celery",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("check", help="import the application and all its tasks")
+    pinger = commands.add_parser("ping", help="send a task through each queue and wait for its answer")
+    pinger.add_argument("queue", nargs="+")
+    pinger.add_argument("--timeout", type=float, default=30, metavar="SECONDS")
+    letters = commands.add_parser("dead-letters", help="list dead letters, put them back or throw them away")
+    letters.add_argument("--json", action="store_true", help="print all of it, one JSON object per line")
+    action = letters.add_mutually_exclusive_group()
+    action.add_argument("--requeue", nargs="*", metavar="ID", help="put the tasks back into their queues")
+    action.add_argument("--drop", nargs="*", metavar="ID", help="forget the tasks")
+    letters.add_argument("--all", action="store_true", help="with --requeue or --drop: all of them")
+    arguments = parser.parse_args()
+    if arguments.command == "check":
+        return check()
+    if arguments.command == "ping":
+        return ping_queues(arguments.queue, arguments.timeout)
+    wanted = arguments.requeue if arguments.drop is None else arguments.drop
+    if wanted is None:
+        if arguments.all:
+            letters.error("--all goes with --requeue or --drop")
+        return list_letters(arguments.json)
+    if bool(wanted) == arguments.all:
+        letters.error("name the tasks by their ids, or all of them by --all")
+    return settle_letters(wanted, requeue=arguments.drop is None)
+
+
+def check() -> int:
+    """Import the application and print its tasks, as JSON."""
+    app.loader.import_default_modules()
+    own = sorted(name for name in app.tasks if not name.startswith(("celery.", "hothouse.")))
+    if not own:
+        print(f"{os.environ.get('HOTHOUSE_APP')} has no task of its own", file=sys.stderr)
+        return 1
+    print(json.dumps(own))
+    return 0
+
+
+def ping_queues(queues: list[str], timeout: float) -> int:
+    """Send a task through each queue and print what came back, as JSON.
+
+    A queue whose backlog shrinks within `timeout` seconds has workers as well: the task only waits for its turn.
+    """
+    results = {queue: app.tasks[PING_TASK].apply_async(queue=queue) for queue in queues}
+    before = {queue: backlog(queue) for queue in queues}
+    answers: dict[str, str] = {}
+    deadline = time.monotonic() + timeout
+    for queue, result in results.items():
+        try:
+            answers[queue] = result.get(timeout=max(0.1, deadline - time.monotonic()))
+        except ResultTimeout:
+            waiting = backlog(queue)
+            if waiting >= before[queue]:
+                print(
+                    f"No worker answered on the queue {queue} in {timeout:g} s; {waiting} tasks wait in it. Look at "
+                    "the workers that consume it. If they are busy with long tasks, wait longer: "
+                    "verify_timeout_seconds in the inventory.",
+                    file=sys.stderr,
+                )
+                return 1
+            answers[queue] = f"busy: {before[queue] - waiting} tasks were taken, {waiting} wait"
+    print(json.dumps(answers))
+    return 0
+
+
+def backlog(queue: str) -> int:
+    """How many tasks wait in a queue."""
+    with app.connection_for_read() as connection:
+        # Not queue_declare(passive=True), which asks for a key without the prefix that the ACL allows.
+        return int(connection.default_channel._size(queue))
+
+
+def list_letters(as_json: bool) -> int:
+    """Print the dead letters, the oldest first."""
+    for letter in dead.letters(app):
+        print(json.dumps(letter) if as_json else describe(letter))
+    return 0
+
+
+def describe(letter: dict[str, Any]) -> str:
+    """A dead letter in one line; why, and what it was called with, are for --json."""
+    buried = datetime.fromtimestamp(letter["time"], UTC).isoformat(sep=" ", timespec="seconds")
+    return f"{letter['id']} {buried} {letter['task']} queue={letter['queue']} runs={letter['deliveries']}"
+
+
+def settle_letters(ids: list[str], requeue: bool) -> int:
+    """Put dead letters back, or drop them: those with these ids, without any all. Print the ids of those it was."""
+    settled = dead.settle(app, ids, requeue)
+    print("\n".join(settled) or "there is none")
+    for missing in sorted(set(ids) - set(settled)):
+        print(f"no dead letter has the id {missing}", file=sys.stderr)
+    return 1 if set(ids) - set(settled) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,147 @@
+"""What a worker does beyond Celery's: it tells systemd that it is not deaf, and puts aside what kills its processes."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from typing import Any
+
+import celery.worker.consumer
+import celery.worker.request
+import hothouse_transport
+from billiard.einfo import ExceptionInfo, ExceptionWithTraceback
+from celery.bootsteps import RUN
+from celery.exceptions import WorkerLostError
+from celery.utils.log import get_logger
+from celery.worker import state
+from celery.worker.state import task_ready
+from kombu.exceptions import OperationalError
+from redis import Redis, RedisError
+
+from hothouse_celery import credential, dead, notify_systemd
+
+logger = get_logger(__name__)
+
+
+class PoisonTask(Exception):
+    """A task whose processes died each time it was run; it is not run again."""
+
+
+class Consumer(celery.worker.consumer.Consumer):
+    """Tries to reach Redis again at least every two seconds, where Celery's would wait for up to 30."""
+
+    def ensure_connected(self, conn: Any) -> Any:
+        ensure = conn.ensure_connection
+
+        def persist(errback: Any, *arguments: Any, **options: Any) -> Any:
+            def tell(error: Exception, interval: float) -> None:
+                hothouse_transport.health.touch()
+                errback(error, interval)
+
+            hothouse_transport.health.touch()
+            options = {"interval_start": 0.5, "interval_step": 0.5, "interval_max": 1, **options}
+            return ensure(tell, *arguments, **options)
+
+        conn.ensure_connection = persist
+        return super().ensure_connected(conn)
+
+    def register_with_event_loop(self, hub: Any) -> None:
+        super().register_with_event_loop(hub)
+        if self.conninfo.transport_cls.startswith("redis"):
+            # Nobody else watches kombu's own transport: this tells a loop that hangs, not a connection that is dead.
+            hub.on_tick.add(hothouse_transport.health.touch)
+
+
+class Request(celery.worker.request.Request):
+    """Counts how often a task lost its process. After the last time its message becomes a dead letter.
+
+    Losses of a whole worker count as well: hothouse_transport notes them. Those of a pool's child are written into the
+    header `losses` of the message that Celery sends for the next try.
+    """
+
+    def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> Any:
+        if not state.should_terminate and self.again() and self.lost(exc_info.exception):
+            try:
+                exc_info = self.count(exc_info)
+            except (RedisError, OperationalError) as error:
+                # Redis is away. The message stays with it, and hothouse_transport counts this run as it gives it back.
+                logger.error("Could not note that %s[%s] lost its process: %r", self.name, self.id, error)
+                task_ready(self)
+                return None
+        return super().on_failure(exc_info, send_failed_event=send_failed_event, return_ok=return_ok)
+
+    def again(self) -> bool:
+        """Whether Celery would run the task again."""
+        return self.task.retry_on_worker_lost or (self.task.acks_late and self.task.reject_on_worker_lost)
+
+    def lost(self, error: Any) -> bool:
+        """Whether the task lost its process, and not because the worker ended it, or after it had succeeded."""
+        if isinstance(error, ExceptionWithTraceback):
+            error = error.exc
+        if isinstance(error, SystemExit | KeyboardInterrupt):
+            return not (self._already_cancelled or self._already_revoked)
+        return isinstance(error, WorkerLostError) and not self._success_was_stored()
+
+    def count(self, exc_info: Any) -> Any:
+        """Note one more loss; after the last one put the message aside and return what became of the task."""
+        # The default and the meaning of 0 are those of hothouse_transport.
+        most = self.app.conf.broker_transport_options.get("max_deliveries", 4) or float("inf")
+        limit, retries = self.task.max_retries, self._context.retries
+        earlier = self._context.headers or {}
+        with dead.client(self.app) as redis:
+            key, tag = dead.key(self.app, "deliveries"), self._message.delivery_tag
+            runs = 1 + int(earlier.get("losses", 0)) + int(redis.hget(key, tag) or 0)
+            if not self.task.retry_on_worker_lost:
+                redis.hincrby(key, tag, 1)  # the same message comes again
+            elif limit is not None and retries >= limit:
+                most = runs
+        if runs < most:
+            self._context.headers = {**earlier, "losses": runs}
+            return exc_info
+        reason = f"its process died in each of {runs} runs: {exc_info.exception}"
+        dead.bury(self.app, self._message, reason, runs)
+        try:
+            raise PoisonTask(reason)
+        except PoisonTask:
+            return ExceptionInfo()
+
+
+def watch(worker: Any) -> None:
+    """Let systemd's watchdog see whether this worker takes tasks, if its unit asks for that (WatchdogSec=)."""
+    if "WATCHDOG_USEC" in os.environ:
+        seconds = int(os.environ["WATCHDOG_USEC"]) / 1e6
+        threading.Thread(target=keep_watch, args=(worker, seconds), name="watchdog", daemon=True).start()
+
+
+def keep_watch(worker: Any, seconds: float) -> None:
+    """Tell systemd every few seconds that the worker is alive: that it is not deaf, or that Redis is away.
+
+    Only a worker that takes nothing although Redis answers to others would gain by a restart. Deaf is who has been so
+    for half of the watchdog's time, `seconds`; after another third of it systemd is told to restart the worker at once.
+    A process that hangs as a whole tells nothing.
+    """
+    deaf_since = None
+    while worker.blueprint.state == RUN:
+        reason = hothouse_transport.health.stale(seconds / 2)
+        if not reason or not redis_answers():
+            deaf_since = None
+            notify_systemd("WATCHDOG=1")
+        elif deaf_since is None:
+            deaf_since = time.monotonic()
+            logger.warning("This worker takes no tasks: %s", reason)
+        elif time.monotonic() - deaf_since > seconds / 3:
+            logger.critical("This worker takes no tasks and has to be restarted: %s", reason)
+            notify_systemd("WATCHDOG=trigger")
+        time.sleep(seconds / 10)
+    # From here on the unit's TimeoutStopSec= counts, and no longer the watchdog.
+    notify_systemd("STOPPING=1")
+
+
+def redis_answers() -> bool:
+    """Whether a new connection to Redis works."""
+    try:
+        with Redis.from_url(credential("broker_url"), socket_timeout=3, socket_connect_timeout=3) as redis:
+            return bool(redis.ping())
+    except RedisError:
+        return False

@@ -1,0 +1,500 @@
+#!/usr/bin/python3 -I
+"""roles/redis: what a node of Redis needs beside its configuration, run as root by its units.
+
+Redis and Sentinel rewrite their configuration when roles change. So that the managed files in /etc/redis stay what was
+deployed, both run with a file below /var/lib/redis that includes the managed one, and that is composed here at every
+start: of all that was rewritten it keeps nothing but who is whose primary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+import ssl
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+CONFIGURED = Path("/etc/redis")
+STATE = Path("/var/lib/redis")
+CREDENTIALS = Path("/etc/hothouse/credentials")
+SETTINGS = Path("/etc/hothouse/redis.json")
+LOADED_USERS = Path("/run/redis/users.sha256")
+MASTER = "hothouse"
+HEADER = (
+    "# Composed by /opt/hothouse/lib/hothouse_redis.py at every start, and rewritten by Redis.",
+    f"include {CONFIGURED}/redis.conf",
+)
+
+ANSWER_SECONDS = 1.0  # that a node may take to answer
+PRIMARY_SECONDS = 60.0  # that a node without data waits for the Sentinels to name another primary
+REPLACED_SECONDS = 15.0  # that a primary that crashed waits for the Sentinels to replace it
+LINK_SECONDS = 20.0  # that a replica may take until it begins to follow its primary
+CAUGHT_UP_SECONDS = 3.0  # that a replica may take to have all that the primary wrote
+HAND_OVER_SECONDS = 10.0  # that a failover may take
+SHUT_DOWN_SECONDS = 120.0  # that Redis may take to write down its data
+POLL_SECONDS = 0.1
+
+
+class RedisError(Exception):
+    """What Redis answered instead of doing it."""
+
+
+class Settings:
+    """What roles/redis knows of the node and the others."""
+
+    def __init__(self, path: Path = SETTINGS) -> None:
+        values = json.loads(path.read_text())
+        self.address: str = values["address"]
+        self.port: int = values["port"]
+        self.sentinel_port: int = values["sentinel_port"]
+        self.tls: bool = values["tls"]
+        self.nodes: dict[str, str] = values[
+            "nodes"
+        ]  # address → identity of its Sentinel; empty for a single host
+
+    @property
+    def others(self) -> list[str]:
+        return [address for address in self.nodes if address != self.address]
+
+    @property
+    def quorum(self) -> int:
+        return len(self.nodes) // 2 + 1
+
+    def redis(self, address: str | None = None) -> Redis:
+        """A connection to Redis as `admin`."""
+        return Redis(address or self.address, self.port, self.tls, "admin", read("redis_admin"))
+
+    def sentinel(self, address: str) -> Redis:
+        """A connection to a Sentinel."""
+        return Redis(address, self.sentinel_port, self.tls, "default", read("redis_sentinel"))
+
+
+def read(credential: str) -> str:
+    return (CREDENTIALS / credential).read_text().strip()
+
+
+class Redis:
+    """A connection to Redis or Sentinel. Raises RedisError and OSError."""
+
+    def __init__(self, address: str, port: int, tls: bool, user: str, password: str) -> None:
+        connection = socket.create_connection((address, port), timeout=ANSWER_SECONDS)
+        try:
+            if tls:
+                context = ssl.create_default_context(cafile=str(CONFIGURED / "ca.crt"))
+                context.load_cert_chain(CONFIGURED / "host.crt", CONFIGURED / "host.key")
+                connection = context.wrap_socket(connection, server_hostname=address)
+            self._connection = connection
+            self._reader = connection.makefile("rb")
+            self.ask("AUTH", user, password)
+        except BaseException:
+            connection.close()
+            raise
+
+    def __enter__(self) -> Redis:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._reader.close()
+        self._connection.close()
+
+    def patience(self, seconds: float) -> None:
+        """How long an answer may take from now on."""
+        self._connection.settimeout(seconds)
+
+    def ask(self, *words: str) -> Any:
+        """Send a command; its answer as text, number, list or None."""
+        parts = [b"*%d\r\n" % len(words)]
+        for word in words:
+            data = word.encode()
+            parts.append(b"$%d\r\n%s\r\n" % (len(data), data))
+        self._connection.sendall(b"".join(parts))
+        return self._answer()
+
+    def _answer(self) -> Any:
+        line = self._reader.readline()
+        if not line.endswith(b"\r\n"):
+            raise ConnectionResetError("the connection was closed")
+        kind, text = line[:1], line[1:-2].decode()
+        if kind == b"-":
+            raise RedisError(text)
+        if kind == b":":
+            return int(text)
+        if kind == b"$":
+            return None if int(text) < 0 else self._reader.read(int(text) + 2)[:-2].decode()
+        if kind == b"*":
+            return None if int(text) < 0 else [self._answer() for _ in range(int(text))]
+        return text
+
+    def info(self, section: str) -> dict[str, str]:
+        lines = str(self.ask("INFO", section)).splitlines()
+        return dict(line.split(":", 1) for line in lines if ":" in line)
+
+
+class View(NamedTuple):
+    """Who is the primary, as a Sentinel sees it. Of two views the one of the later failover (epoch) is right."""
+
+    epoch: int
+    primary: str
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def wait(condition: Callable[[], Any], seconds: float) -> Any:
+    """The first true value of the condition, or its last one when the time is over."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()) and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+    return value
+
+
+def text_of(path: Path) -> str | None:
+    try:
+        return path.read_text()
+    except FileNotFoundError:
+        return None
+
+
+def replace(path: Path, lines: list[str]) -> None:
+    """Write a file that Redis may rewrite, whole or not at all."""
+    new = path.with_name(f".{path.name}.new")
+    with open(new, "w", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+        file.write("\n".join(lines) + "\n")
+        os.fsync(file.fileno())
+    shutil.chown(new, "redis", "redis")
+    new.replace(path)
+
+
+def has_data() -> bool:
+    """Whether Redis would load anything; without a manifest it takes the append-only file for empty."""
+    return any((STATE / "appendonlydir").glob("*.manifest"))
+
+
+# Who is the primary.
+
+
+def kept_view(text: str | None) -> View | None:
+    """What a Sentinel's own file remembers."""
+    monitor = re.search(rf"^sentinel monitor {MASTER} (\S+) ", text or "", re.MULTILINE)
+    epoch = re.search(rf"^sentinel config-epoch {MASTER} (\d+)", text or "", re.MULTILINE)
+    return View(int(epoch[1]) if epoch else 0, monitor[1]) if monitor else None
+
+
+def asked_view(settings: Settings, address: str) -> View | None:
+    """What a Sentinel says; None if it does not answer."""
+    try:
+        with settings.sentinel(address) as sentinel:
+            answer = sentinel.ask("SENTINEL", "MASTER", MASTER)
+    except (OSError, RedisError):
+        return None
+    values = dict(zip(answer[::2], answer[1::2], strict=True))
+    return View(int(values["config-epoch"]), values["ip"])
+
+
+def views(settings: Settings) -> list[View]:
+    """What every Sentinel says, this node's own as it last wrote it down. Addresses of former nodes do not count."""
+    with ThreadPoolExecutor(len(settings.nodes)) as pool:
+        found = list(pool.map(lambda address: asked_view(settings, address), settings.others))
+    found.append(kept_view(text_of(STATE / "sentinel.conf")))
+    return [view for view in found if view and view.primary in settings.nodes]
+
+
+def kept_primary() -> tuple[bool, str | None]:
+    """Whether this node remembers its role, and whose replica it was, if it was one."""
+    for name in ("redis.conf", "seed"):
+        text = text_of(STATE / name)
+        if text is not None:
+            match = re.search(r"^replicaof (\S+) ", text, re.MULTILINE)
+            return True, match[1] if match else None
+    return False, None
+
+
+def may_be_replaced(settings: Settings) -> bool:
+    """Whether the Sentinels are about to replace this node, which is down: enough of them, and a replica that is fit.
+
+    A replica that was restarted too has not copied anything since, so nobody can tell how much it lacks; then this node
+    is the better one. Nothing replaces a node while fewer Sentinels than the quorum run.
+    """
+
+    def fit(address: str) -> bool:
+        try:
+            with settings.redis(address) as redis:
+                info = redis.info("replication")
+        except (OSError, RedisError):
+            return False
+        return info["role"] == "slave" and int(info["slave_repl_offset"]) > 0
+
+    with ThreadPoolExecutor(len(settings.nodes)) as pool:
+        running = sum(
+            1 for view in pool.map(lambda address: asked_view(settings, address), settings.nodes) if view
+        )
+        return running >= settings.quorum and any(pool.map(fit, settings.others))
+
+
+def followed_primary(settings: Settings) -> str | None:
+    """Whose replica this node has to be when it starts; None: it is the primary.
+
+    A primary that crashed may be half replaced when it is back. For a moment it would take writes that are gone when
+    the other one is the primary, so it waits for the Sentinels as long as they can replace it.
+
+    A node whose data are lost must never start as the primary: its replicas would copy the emptiness. It waits until
+    the Sentinels have made another one the primary, which its own absence makes them do. Only a node that was just
+    deployed as the first primary (`seed`) may start without data. Raises RedisError.
+    """
+    remembers, kept = kept_primary()
+    first = (text_of(STATE / "seed") or "").startswith("primary")
+    data = has_data()
+    reason = ""
+    began = time.monotonic()
+    while True:
+        view = max(views(settings), default=None)
+        if view and view.primary != settings.address:
+            return view.primary
+        if kept and not view:
+            return kept
+        if first and not data:
+            return None
+        if (
+            remembers
+            and data
+            and (time.monotonic() - began > REPLACED_SECONDS or not may_be_replaced(settings))
+        ):
+            return None
+        if not reason:
+            reason = "was the primary" if remembers and data else "has no data here"
+            say(f"Redis {reason}, so it waits until the Sentinels have made another node the primary")
+        if time.monotonic() - began > PRIMARY_SECONDS:
+            raise RedisError(
+                f"Redis has no data in {STATE}, and no Sentinel names another primary that it could copy. It does not "
+                "start as an empty primary, because its replicas would lose their data too. Start Redis and Sentinel "
+                f"on the other nodes ({', '.join(settings.others)}). Only if the data are gone everywhere: "
+                f"echo primary > {STATE}/seed"
+            )
+        time.sleep(POLL_SECONDS)
+
+
+# What the units run.
+
+
+def compose() -> None:
+    """Before Redis starts: its configuration, and which node it follows."""
+    settings = Settings()
+    lines = [*HEADER]
+    if settings.nodes and (primary := followed_primary(settings)):
+        lines.append(f"replicaof {primary} {settings.port}")
+        if not has_data():
+            # Never promoted before it has copied everything; `ready` takes it back.
+            lines.append("replica-priority 0")
+    replace(STATE / "redis.conf", lines)
+    LOADED_USERS.write_text(users_hash())
+
+
+def compose_sentinel() -> None:
+    """Before Sentinel starts: its configuration, the present primary, and all other nodes.
+
+    The identities of Sentinels follow from their hosts' names. Otherwise one whose disk was lost would come back as one
+    more Sentinel, and the majority would have to count the dead one for ever.
+    """
+    settings = Settings()
+    previous = text_of(STATE / "sentinel.conf") or ""
+    view = kept_view(previous)
+    primary = view.primary if view and view.primary in settings.nodes else None
+    if not primary:
+        latest = max(views(settings), default=None)
+        primary = latest.primary if latest else kept_primary()[1] or settings.address
+    epochs = re.findall(
+        rf"^sentinel (?:(?:config|leader)-epoch {MASTER}|current-epoch) \d+$", previous, re.MULTILINE
+    )
+    replicas = [address for address in settings.nodes if address != primary]
+    replace(
+        STATE / "sentinel.conf",
+        [
+            "# Composed by /opt/hothouse/lib/hothouse_redis.py at every start, and rewritten by Sentinel.",
+            f"sentinel myid {settings.nodes[settings.address]}",
+            f"sentinel monitor {MASTER} {primary} {settings.port} {settings.quorum}",
+            *epochs,
+            *(f"sentinel known-replica {MASTER} {address} {settings.port}" for address in replicas),
+            *(
+                f"sentinel known-sentinel {MASTER} {address} {settings.sentinel_port} {settings.nodes[address]}"
+                for address in settings.others
+            ),
+            f"include {CONFIGURED}/sentinel.conf",
+        ],
+    )
+
+
+def ready() -> None:
+    """After Redis started: a replica counts as started when it has what its primary has. Raises RedisError."""
+    settings = Settings()
+    (STATE / "seed").unlink(missing_ok=True)
+    if not settings.nodes:
+        return
+    began, copied = time.monotonic(), 0
+    with settings.redis() as redis:
+        empty = redis.ask("CONFIG", "GET", "replica-priority")[1] == "0"
+        while (info := redis.info("replication"))["role"] == "slave" and info["master_link_status"] != "up":
+            loaded = redis.info("persistence").get("loading_loaded_bytes", "0")
+            if (now := max(int(info.get("master_sync_read_bytes", "0")), 0) + int(loaded)) > copied:
+                began, copied = time.monotonic(), now
+            elif time.monotonic() - began > (PRIMARY_SECONDS if empty else LINK_SECONDS):
+                problem = f"does not get the data of its primary {info['master_host']}"
+                if empty:
+                    raise RedisError(f"Redis has no data here, and {problem}")
+                say(f"Redis runs, but {problem}")
+                return
+            elif not empty and not reachable(info["master_host"], settings.port):
+                say(f"Redis runs, but its primary {info['master_host']} does not")
+                return
+            time.sleep(POLL_SECONDS)
+        if empty:
+            redis.ask("CONFIG", "SET", "replica-priority", "100")
+
+
+def reachable(address: str, port: int) -> bool:
+    """Whether anything listens there."""
+    with contextlib.suppress(OSError), socket.create_connection((address, port), timeout=ANSWER_SECONDS):
+        return True
+    return False
+
+
+def stop() -> None:
+    """Stop Redis. A primary first hands over to a replica that has everything it wrote.
+
+    Writes are held back meanwhile, and clients are sent away only when the other one is primary: they come back there.
+    If nobody can take over, Redis stops as it is.
+    """
+    settings = Settings()
+    try:
+        with settings.redis() as redis:
+            if settings.nodes and redis.info("replication")["role"] == "master":
+                try:
+                    with sentinel_that_knows(settings) as sentinel:
+                        hand_over(settings, redis, sentinel)
+                except (OSError, RedisError) as error:
+                    say(f"Redis stops without handing over: {error}")
+            shut_down(redis)
+    except (OSError, RedisError) as error:
+        say(f"Redis is left to systemd to stop: {error}")
+
+
+def shut_down(redis: Redis) -> None:
+    """A signal would be lost on a replica that is about to write down what it has just copied; this one insists."""
+    redis.patience(SHUT_DOWN_SECONDS)
+    began = time.monotonic()
+    while True:
+        try:
+            redis.ask("SHUTDOWN")
+        except ConnectionError:
+            return
+        except RedisError:
+            if time.monotonic() - began > SHUT_DOWN_SECONDS:
+                raise
+        time.sleep(POLL_SECONDS)
+
+
+@contextlib.contextmanager
+def sentinel_that_knows(settings: Settings) -> Iterator[Redis]:
+    """A Sentinel that takes this node for the primary; of another host, as this one's may be stopping too."""
+    for address in [*settings.others, settings.address]:
+        if (view := asked_view(settings, address)) and view.primary == settings.address:
+            with settings.sentinel(address) as sentinel:
+                yield sentinel
+            return
+    raise RedisError("no Sentinel that takes it for the primary answers")
+
+
+def hand_over(settings: Settings, redis: Redis, sentinel: Redis) -> None:
+    """Make a replica the primary. Raises RedisError if none is fit, and OSError."""
+    if not caught_up(redis.info("replication"), 0):
+        raise RedisError("no replica is connected")
+    began = time.monotonic()
+    redis.ask("CLIENT", "PAUSE", str(int((CAUGHT_UP_SECONDS + HAND_OVER_SECONDS) * 1000)), "WRITE")
+    try:
+        offset = int(redis.info("replication")["master_repl_offset"])
+        if not wait(lambda: caught_up(redis.info("replication"), offset), CAUGHT_UP_SECONDS):
+            raise RedisError("no replica has all that was written")
+        sentinel.ask("SENTINEL", "FAILOVER", MASTER)
+
+        def successor() -> str | None:
+            address = str(sentinel.ask("SENTINEL", "GET-MASTER-ADDR-BY-NAME", MASTER)[0])
+            return address if address != settings.address else None
+
+        new = wait(successor, HAND_OVER_SECONDS)
+        if not new:
+            raise RedisError(f"no replica was made the primary within {HAND_OVER_SECONDS:g} s")
+        # Nobody is left to write down the new role, and nothing is written until the end.
+        replace(STATE / "redis.conf", [*HEADER, f"replicaof {new} {settings.port}"])
+        for kind in ("normal", "pubsub"):
+            redis.ask("CLIENT", "KILL", "TYPE", kind, "SKIPME", "yes")
+    except (OSError, RedisError):
+        with contextlib.suppress(OSError, RedisError):
+            redis.ask("CLIENT", "UNPAUSE")
+        raise
+    say(f"{new} is the primary now, after {time.monotonic() - began:.1f} s")
+
+
+def caught_up(info: dict[str, str], offset: int) -> bool:
+    """Whether a connected replica has everything up to this offset."""
+    replicas = [
+        dict(part.split("=", 1) for part in value.split(","))
+        for name, value in info.items()
+        if re.fullmatch(r"slave\d+", name)
+    ]
+    return any(replica["state"] == "online" and int(replica["offset"]) >= offset for replica in replicas)
+
+
+def users_hash() -> str:
+    return hashlib.sha256((CONFIGURED / "users.acl").read_bytes()).hexdigest()
+
+
+def reload() -> None:
+    """Take over new certificates and users without a restart. Connections stay, except those of changed users."""
+    settings = Settings()
+    with settings.redis() as redis:
+        if settings.tls:
+            files = {"tls-cert-file": "host.crt", "tls-key-file": "host.key", "tls-ca-cert-file": "ca.crt"}
+            words = [word for option, name in files.items() for word in (option, str(CONFIGURED / name))]
+            redis.ask("CONFIG", "SET", *words)
+        if text_of(LOADED_USERS) != users_hash():
+            LOADED_USERS.write_text(users_hash())
+            # Redis 7.0 closes every connection here, this one too.
+            with contextlib.suppress(ConnectionResetError):
+                redis.ask("ACL", "LOAD")
+
+
+def primary() -> None:
+    """Print the address of the present primary."""
+    settings = Settings()
+    latest = max(views(settings), default=None) if settings.nodes else None
+    print(latest.primary if latest else settings.address)
+
+
+def main() -> None:
+    commands = {
+        "compose": compose,
+        "compose-sentinel": compose_sentinel,
+        "ready": ready,
+        "reload": reload,
+        "stop": stop,
+        "primary": primary,
+    }
+    if len(sys.argv) != 2 or sys.argv[1] not in commands:
+        sys.exit(f"usage: hothouse_redis.py {'|'.join(commands)}")
+    try:
+        commands[sys.argv[1]]()
+    except (OSError, RedisError) as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""What the exporter reads in Redis: the script of roles/monitor, run by real servers with the exporter's rights.
+
+redis-server and redis-cli have to be in the PATH (Debian: package redis-tools has both, under names of its own).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import BUNDLE
+from test_templates import text
+
+SCRIPT = "/etc/hothouse/hothouse.lua"
+GAUGE = "app:campaigns:ambiguous"
+
+
+def rights() -> list[str]:
+    """The words of the exporter's rule, as the role writes them for the example's inventory."""
+    variables = yaml.safe_load((BUNDLE / "roles/redis/vars/main.yml").read_text())
+    users = [user for value in variables.values() if isinstance(value, list) for user in value]
+    rules = next(user["rules"] for user in users if user.get("name") == "exporter")
+    assert "redis_exporter_keys" in rules
+    return [*re.sub(r"{{.*?}}", "", rules).split(), f"%R~{GAUGE}"]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Node:
+    """A server on loopback, and what the script finds in it."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        self.port = free_port()
+        folder.mkdir()
+        self.log = (folder / "log").open("w")
+        words = [
+            "redis-server",
+            "--port",
+            str(self.port),
+            "--bind",
+            "127.0.0.1",
+            "--dir",
+            str(folder),
+            *options,
+        ]
+        self.process = subprocess.Popen([*words, "--save", ""], stdout=self.log, stderr=subprocess.STDOUT)
+        wait(lambda: self("PING") == "PONG")
+        self("ACL", "SETUSER", "exporter", "on", "nopass", *rights())
+
+    def __call__(self, *words: str) -> str:
+        done = subprocess.run(
+            ["redis-cli", "-p", str(self.port), *words], capture_output=True, text=True, check=False
+        )
+        return done.stdout.strip()
+
+    def figures(self) -> dict[str, float]:
+        """Name/label → value, as the exporter gets them."""
+        answer = self("--user", "exporter", "--pass", "any", "--no-auth-warning", "--json", "EVAL",
+                      text("local", "local1", SCRIPT), "0")  # fmt: skip
+        found = json.loads(answer)
+        return dict(zip(found[::2], map(float, found[1::2]), strict=True))
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.log.close()
+
+
+def wait(condition: Callable[[], Any], seconds: float = 15) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[Callable[..., Node]]:
+    """Makes a server by name; all of them are killed afterwards."""
+    nodes: list[Node] = []
+
+    def make(name: str, *options: str) -> Node:
+        nodes.append(Node(tmp_path / name, *options))
+        return nodes[-1]
+
+    yield make
+    for one in nodes:
+        one.stop()
+
+
+def test_a_single_server_says_everything(node: Callable[..., Node]) -> None:
+    single = node("single")
+    now = int(single("TIME").split()[0])
+    single("LPUSH", "q:default", json.dumps({"headers": {"published": now - 100}}))
+    single("LPUSH", "q:email_senders", "not JSON")
+    single("HSET", "q:unacked", "tag", "{}")
+    single("ZADD", "q:unacked_index", str(now - 50), "tag")
+    single("LPUSH", "q:dead-letter", "{}", "{}")
+    single("ZADD", "redbeat:schedulers", str(now - 60), "gone", str(now), "here")
+    single("ZADD", "redbeat::schedule", str(now - 30), "check")
+    single("ZADD", GAUGE, "1", "a/1", "2", "a/2", "3", "b/1")
+    found = single.figures()
+    exact = {
+        "queue_messages/default": 1, "queue_messages/email_senders": 1, "unacked_messages/": 1, "dead_letters/": 2,
+        "schedulers/": 1, "app/ambiguous_recipients": 3, "replicas/": 0, "sentinels/": 0, "acl_denials/": 0,
+    }  # fmt: skip
+    assert {name: found[name] for name in exact} == exact
+    assert found["queue_oldest_seconds/default"] == pytest.approx(100, abs=5)
+    assert found["unacked_oldest_seconds/"] == pytest.approx(50, abs=5)
+    assert found["beat_late_seconds/"] == pytest.approx(30, abs=5)
+    # Nobody knows when that was published.
+    assert "queue_oldest_seconds/email_senders" not in found
+    assert single("ACL", "LOG") == ""
+
+
+def test_a_gauge_of_another_type_costs_no_other_figure(node: Callable[..., Node]) -> None:
+    single = node("single")
+    single("SET", GAUGE, "text")
+    found = single.figures()
+    assert "app/ambiguous_recipients" not in found
+    assert found["queue_messages/default"] == 0
+
+
+def test_figures_come_from_the_primary_alone_and_follow_a_failover(
+    node: Callable[..., Node], tmp_path: Path
+) -> None:
+    """A primary, two replicas and three Sentinels; the primary is killed."""
+    options = (
+        "--min-replicas-to-write",
+        "1",
+        "--min-replicas-max-lag",
+        "3",
+        "--repl-diskless-sync-delay",
+        "0",
+    )
+    nodes = [node("node1", *options)]
+    nodes += [
+        node(name, *options, "--replicaof", "127.0.0.1", str(nodes[0].port)) for name in ("node2", "node3")
+    ]
+    for number in range(3):
+        config = tmp_path / f"sentinel{number}.conf"
+        config.write_text(
+            f"port {free_port()}\nbind 127.0.0.1\nsentinel monitor hothouse 127.0.0.1 {nodes[0].port} 2\n"
+            "sentinel down-after-milliseconds hothouse 1000\nsentinel failover-timeout hothouse 5000\n"
+        )
+    sentinels = [
+        subprocess.Popen(
+            ["redis-server", path, "--sentinel"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        for path in sorted(tmp_path.glob("sentinel?.conf"))
+    ]
+    try:
+        wait(lambda: nodes[0].figures()["replicas/"] == 2)
+        wait(lambda: [one.figures()["sentinels/"] for one in nodes] == [3, 3, 3], 30)
+        nodes[0]("LPUSH", "q:default", json.dumps({"headers": {"published": 0}}))
+        assert nodes[0]("WAIT", "2", "1000") == "2"
+        assert nodes[0].figures()["queue_messages/default"] == 1
+        for replica in nodes[1:]:
+            assert set(replica.figures()) == {"acl_denials/", "sentinels/"}
+
+        nodes[0].process.kill()
+        survivors = nodes[1:]
+        wait(lambda: any("replicas/" in one.figures() for one in survivors), 30)
+        primary = next(one for one in survivors if "replicas/" in one.figures())
+        wait(lambda: primary.figures()["replicas/"] == 1, 30)
+        assert primary.figures()["queue_messages/default"] == 1
+        assert [len(one.figures()) for one in survivors if one is not primary] == [2]
+
+        sentinels[0].kill()
+        wait(lambda: primary.figures()["sentinels/"] == 2)
+        # One that stands still is no good replica, though it is still connected.
+        other = next(one for one in survivors if one is not primary)
+        other.process.send_signal(19)
+        wait(lambda: primary.figures()["replicas/"] == 0)
+        assert "connected_slaves:1" in primary("INFO", "replication")
+        other.process.send_signal(18)
+        assert [one("ACL", "LOG") for one in survivors] == ["", ""]
+    finally:
+        for sentinel in sentinels:
+            sentinel.kill()
+            sentinel.wait()
