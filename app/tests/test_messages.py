@@ -176,6 +176,7 @@ def test_a_bundle_carries_list_and_template(mode: str) -> None:
         (bundle({"subject.txt": b"s", "recipients.csv": b"x"}), "no body.txt"),
         (bundle({**FILES, "y/body.txt": b"t"}), "body.txt twice"),
     ],
+    ids=["nothing", "no archive", "cut off", "no list", "no text", "two texts"],
 )
 def test_a_bad_bundle_is_refused(data: bytes, message: str) -> None:
     with pytest.raises(MessageError, match=message):

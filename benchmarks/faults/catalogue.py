@@ -158,19 +158,20 @@ def disk_full(world: World) -> Iterator[None]:
 
 
 def clock(world: World) -> Iterator[None]:
-    """One worker's clock is an hour ahead or behind."""
+    """One worker's clock is an hour ahead or behind: for Python, as the kernel's is that of all hosts."""
     host, unit = world.worker()
-    shift = world.random.choice(["+1h", "-1h"])
-    folder = f"/run/systemd/system/{unit}.d"
-    library = world.hosts.run(host, "dpkg -L libfaketime | grep 'libfaketime.so.1$'")
-    settings = f"LD_PRELOAD={library} FAKETIME={shift} FAKETIME_DONT_FAKE_MONOTONIC=1"
+    shift = world.random.choice([3600, -3600])
+    code = f"import time; right = time.time; time.time = lambda: right() + {shift}"
+    override = f"/run/systemd/system/{unit}.d"
     world.hosts.run(
-        host, f"mkdir -p {folder} && printf '[Service]\\nEnvironment={settings}\\n' >{folder}/fault.conf"
+        host,
+        f"mkdir -p {override} /run/fault && echo '{code}' >/run/fault/sitecustomize.py && "
+        f"printf '[Service]\\nEnvironment=PYTHONPATH=/run/fault:/opt/hothouse/lib\\n' >{override}/fault.conf",
     )
     world.hosts.run(host, f"systemctl daemon-reload && systemctl restart {unit}", seconds=120)
     yield
     world.hosts.run(
-        host, f"rm -r {folder} && systemctl daemon-reload && systemctl restart {unit}", seconds=120
+        host, f"rm -r {override} && systemctl daemon-reload && systemctl restart {unit}", seconds=120
     )
 
 

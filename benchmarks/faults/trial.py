@@ -101,8 +101,10 @@ class Trial:
         say(f"{number + 1:>3} {fault.name}")
         breaking = fault.inject(self.world)
         next(breaking)
-        threading.Event().wait(fault.hold)
-        next(breaking, None)
+        try:
+            threading.Event().wait(fault.hold)
+        finally:
+            next(breaking, None)
         done = len(self.collector.tasks.ends)
         wait(lambda: len(self.collector.tasks.ends) > done, "work to go on", 90)
         return Span(fault, begin, time.monotonic(), campaign, domain)

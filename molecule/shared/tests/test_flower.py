@@ -26,7 +26,8 @@ def test_flower_sees_every_worker_and_every_registered_task(stack: Stack, wait: 
     def found() -> dict[str, Any]:
         """What Flower asks its workers for; they have a second to answer."""
         answer: dict[str, Any] = stack.request("/flower/api/workers?refresh=1", stack.login).json()
-        return answer if len(answer) >= len(stack.workers) else {}
+        complete = len(answer) >= len(stack.workers) and all("registered" in w for w in answer.values())
+        return answer if complete else {}
 
     assert stack.workers
     workers = wait(found, "every worker in Flower", 30)
