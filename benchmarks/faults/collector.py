@@ -27,7 +27,7 @@ class Tasks:
 
     def note(self, line: str) -> str:
         """Take a line and return the answer."""
-        kind, number, rest = (*line.split(maxsplit=2), "")[:3]
+        kind, number, rest = (*line.strip().split(maxsplit=2), "")[:3]
         key, now = int(number), time.monotonic()
         if kind == "published":
             self.published[key], self.latency[key] = now, float(rest)

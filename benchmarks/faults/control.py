@@ -38,7 +38,7 @@ def run(hosts: Hosts, tasks: Tasks, kills: int) -> int:
     hosts.run(
         host,
         f"printf '%s' '{json.dumps(SETTINGS)}' >/run/fault-control.json && systemd-run --quiet --unit {UNIT} "
-        "--property=User=hothouse --property=Restart=always --property=RestartSec=0 "
+        "--property=User=hothouse --property=Restart=always --property=RestartSec=0 --property=StartLimitIntervalSec=0 "
         "--property=LoadCredential=broker_url:/etc/hothouse/credentials/worker_broker_url "
         "--property=EnvironmentFile=/etc/hothouse/app.env --setenv=HOTHOUSE_SETTINGS=/run/fault-control.json "
         "--setenv=PYTHONPATH=/opt/hothouse/lib /opt/hothouse/app/current/bin/celery --app hothouse_celery "

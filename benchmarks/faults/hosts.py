@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -81,16 +83,15 @@ class Hosts:
     def primary(self) -> str:
         """The host that most Sentinels call the primary. Raises Unready if none answers."""
         by_address = {address: name for name, address in self.addresses.items()}
-        for host in self.groups["redis"]:
-            answer = self.run(
-                host,
-                f"timeout 3 hothouse-redis-cli --sentinel SENTINEL get-master-addr-by-name {MASTER_NAME}",
-                check=False,
-                seconds=10,
-            ).split()
-            if answer and answer[0] in by_address:
-                return by_address[answer[0]]
-        raise Unready("no Sentinel answers")
+        question = f"timeout 3 hothouse-redis-cli --sentinel SENTINEL get-master-addr-by-name {MASTER_NAME}"
+        with ThreadPoolExecutor() as pool:
+            answers = pool.map(
+                lambda host: self.run(host, question, check=False, seconds=10).split(), self.groups["redis"]
+            )
+            votes = Counter(by_address[words[0]] for words in answers if words and words[0] in by_address)
+        if not votes:
+            raise Unready("no Sentinel answers")
+        return votes.most_common(1)[0][0]
 
     def healthy(self) -> bool:
         """Whether there is a primary with all its replicas, and a Sentinel on each host of the group."""

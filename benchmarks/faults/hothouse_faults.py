@@ -40,7 +40,7 @@ def note(number: int, seconds: float) -> None:
         tell(connection, f"end {number} {name}")
 
 
-@shared_task(name="faults.poison", ignore_result=True)
+@shared_task(name="faults.poison", ignore_result=True, default_retry_delay=1)
 def poison(number: int, victim: str) -> None:
     """Kill the process that runs it (`child`), or the worker with all its children (`worker`)."""
     with connect() as connection:

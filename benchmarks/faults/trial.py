@@ -19,7 +19,7 @@ from hosts import SSH, Hosts, wait
 
 TASKS_PORT, MAIL_PORT = 2600, 2525
 # As the inventory of the scenario sets it.
-VISIBILITY_SECONDS = 30.0
+VISIBILITY_SECONDS = 20.0
 
 
 @dataclass
@@ -163,7 +163,7 @@ class Trial:
 
     def _mails(self, span: Span, report: dict[str, Any]) -> tuple[list[str], list[str], int]:
         """Whom a campaign did not reach and whom it reached twice, if it does not say so; how many are ambiguous."""
-        listed = {record["email"] for state in ("failed", "ambiguous") for record in report.get(state, [])}
+        listed = {record["email"] for kind in ("ambiguous", "resent") for record in report.get(kind, [])}
         delivered = self.collector.mails.delivered
         everybody = [f"r{number}@{span.domain}" for number in range(self.recipients)]
         lost = [address for address in everybody if not delivered[address] and address not in listed]

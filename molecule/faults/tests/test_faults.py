@@ -66,7 +66,7 @@ def test_the_tasks_of_a_host_without_power_are_run_elsewhere_in_time(
     tasks = collector.tasks
     host = next(name for name in hosts.groups["worker"] if name != hosts.primary())
     tasks.stopping = False
-    numbers = range(10_000_000, 10_000_012)
+    numbers = range(10_000_000, 10_000_009)
     control.publish(hosts, "faults.note", [[number, 8] for number in numbers])
     wait(
         lambda: any(where == host for n in numbers for _, where in tasks.starts.get(n, [])),
@@ -102,7 +102,7 @@ def test_a_task_that_kills_whoever_runs_it_ends_in_the_dead_letter_list(
         "the dead letter",
         (VISIBILITY_SECONDS + 10) * MOST_RUNS,
     )
-    assert 1 <= len(collector.tasks.starts[number]) <= MOST_RUNS
+    assert len(collector.tasks.starts[number]) == MOST_RUNS
 
 
 def test_the_settings_that_celery_comes_with_lose_tasks(hosts: Hosts, collector: Collector) -> None:
