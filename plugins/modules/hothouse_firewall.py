@@ -3,10 +3,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import math
 import os
 import shutil
 import subprocess
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +26,7 @@ description:
   - Loads them into the kernel, with a timer of systemd that puts the present ones back, opens a connection anew, and
     only when that succeeds stops the timer and puts the file in place that is loaded when the host starts. If it does
     not, or the run ends in between, the old rules come back by themselves; the file is the old one all the time.
+  - Refuses to try rules while another run tries some, because what is loaded then are not rules to go back to.
   - Only the table C(inet hothouse) is replaced, in one step. Other tables of the host are left alone.
 options:
   rules:
@@ -100,11 +106,12 @@ def call(*words: str, text: str = "") -> subprocess.CompletedProcess[str]:
         raise FirewallError(f"there is no {words[0]} on the host") from None
 
 
-def must(*words: str) -> None:
-    """Run a command that has to succeed. Raises FirewallError with its message."""
+def must(*words: str) -> str:
+    """Run a command that has to succeed, and return what it prints. Raises FirewallError with its message."""
     done = call(*words)
     if done.returncode:
         raise FirewallError(f"{' '.join(words)} exited with {done.returncode}: {done.stderr.strip()}")
+    return done.stdout
 
 
 def listed() -> str:
@@ -126,6 +133,12 @@ def put(path: Path, text: str) -> None:
     os.close(folder)
 
 
+def noted(name: str) -> str:
+    """A file of the last attempt; nothing if there was none since the host started."""
+    path = STATE / name
+    return path.read_text() if path.exists() else ""
+
+
 def check(rules: str) -> None:
     """Let nft read the rules. Raises FirewallError with what it says."""
     done = call("nft", "--check", "--file", "-", text=rules)
@@ -133,34 +146,76 @@ def check(rules: str) -> None:
         raise FirewallError(f"nft does not accept the rules; nothing was changed:\n{done.stderr.strip()}")
 
 
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Let no other run try or keep rules meanwhile."""
+    STATE.mkdir(mode=0o700, exist_ok=True)
+    with (STATE / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def is_tried() -> bool:
+    """Whether rules are being tried, or the old ones are being put back."""
+    units = (f"{TIMER}.timer", f"{TIMER}.service")
+    return set(must("systemctl", "show", "--property=LoadState", "--value", *units).split()) != {"not-found"}
+
+
+def refuse_second() -> None:
+    """Raises FirewallError if rules are being tried already."""
+    if is_tried():
+        left = float(noted("until") or 0) - time.monotonic()
+        raise FirewallError(
+            f"another run tries rules right now; wait {max(1, math.ceil(left))} seconds, until they are kept or "
+            f"the old ones are back ({TIMER}.timer), and run this again. Nothing was changed."
+        )
+
+
 def attempt(rules: str, seconds: int) -> None:
     """Load the rules, and have the present ones put back after `seconds`."""
     check(rules)
-    STATE.mkdir(mode=0o700, exist_ok=True)
-    words = " ".join(TABLE)
-    put(STATE / "old.nft", f"{words}\ndelete {words}\n{listed()}")
-    put(STATE / "new.nft", rules)
-    # It refuses a second timer, which would put back what another run is trying out.
-    must(
-        "systemd-run", "--quiet", "--collect", f"--unit={TIMER}", f"--on-active={seconds}",
-        "--timer-property=AccuracySec=1s", "/usr/sbin/nft", "--file", str(STATE / "old.nft"),
-    )  # fmt: skip
-    try:
-        must("nft", "--file", str(STATE / "new.nft"))
-    except FirewallError:
-        call("systemctl", "stop", f"{TIMER}.timer")
-        raise
-    put(STATE / "new.listing", listed())
+    with alone():
+        # Before anything is written: the other run's timer reads old.nft, and what is loaded now is not proven.
+        refuse_second()
+        words = " ".join(TABLE)
+        put(STATE / "old.nft", f"{words}\ndelete {words}\n{listed()}")
+        put(STATE / "new.nft", rules)
+        put(STATE / "until", str(time.monotonic() + seconds))
+        must(
+            "systemd-run", "--quiet", "--collect", f"--unit={TIMER}", f"--on-active={seconds}",
+            "--timer-property=AccuracySec=1s", "/usr/sbin/nft", "--file", str(STATE / "old.nft"),
+        )  # fmt: skip
+        try:
+            must("nft", "--file", str(STATE / "new.nft"))
+        except FirewallError:
+            call("systemctl", "stop", f"{TIMER}.timer")
+            raise
+        put(STATE / "new.listing", listed())
 
 
 def confirm(rules: str, path: Path) -> None:
-    """Keep the rules that are being tried, also for the next start of the host."""
-    stopped = call("systemctl", "stop", f"{TIMER}.timer").returncode == 0
-    listing = (STATE / "new.listing").read_text()
-    if not stopped or listed() != listing or (STATE / "new.nft").read_text() != rules:
-        raise FirewallError("the old rules are back: the new connection came too late")
-    put(path, rules)
-    put(path.with_name(f"{path.name}.listing"), listing)
+    """Keep the rules that are being tried, also for the next start of the host. Raises FirewallError and OSError."""
+    with alone():
+        if not is_tried() or noted("new.nft") != rules:
+            raise FirewallError("the new connection came too late: these rules are not being tried any more")
+        listing = noted("new.listing")
+        if listed() != listing:
+            raise FirewallError(
+                "other rules are loaded than those that were tried; the old ones are back, or come back by themselves"
+            )
+        try:
+            must("systemctl", "stop", f"{TIMER}.timer")
+            # It may have been due just before: then its command was started, and is not there otherwise.
+            call("systemctl", "stop", f"{TIMER}.service")
+            if listed() != listing:
+                raise FirewallError("the new connection came too late")
+            # In this order: should the second one fail, the next run sees that the host has other rules.
+            put(path.with_name(f"{path.name}.listing"), listing)
+            put(path, rules)
+        except (FirewallError, OSError) as error:
+            # No timer does it any more.
+            must("nft", "--file", str(STATE / "old.nft"))
+            raise FirewallError(f"the old rules are back: {error}") from error
 
 
 def run(params: dict[str, Any], check_mode: bool) -> dict[str, Any]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import Play, load_plugin
+from conftest import BUNDLE, Play, load_plugin
 
 filters = load_plugin("filter/hothouse")
 action = load_plugin("action/hothouse_firewall")
 ask = load_plugin("action/hothouse_ask")
+firewall = load_plugin("modules/hothouse_firewall")
 
 REDIS = {"name": "redis", "port": 6379, "clients": ["b", "c"], "client_addresses": ["10.0.0.2", "10.0.0.3"]}
 
@@ -110,3 +114,200 @@ def test_a_clock_that_lies_is_found_by_asking_it(
     least, most = asked["clock"]
     assert least - 0.01 <= ahead <= most + 0.01 and most - least < 1
     assert bool(compared["msg"]) is (ahead != 0)
+
+
+# What they know is in $FAKE: `kernel` is the table that is loaded, `timer` the command of the timer. `stopping`, if it
+# is there, is what happens before systemctl stops something.
+STAND_INS = {
+    "nft": """
+        case $1 in
+        --check) cat >/dev/null ;;
+        --stateless) cat "$FAKE/kernel" ;;
+        --file) sed -E '/^(delete )?table inet hothouse$/d' "$2" >"$FAKE/kernel" ;;
+        esac
+    """,
+    "systemd-run": """
+        [ ! -e "$FAKE/timer" ] || { echo "Unit hothouse-firewall-rollback.timer was already loaded." >&2; exit 1; }
+        while [ "$1" != /usr/sbin/nft ]; do shift; done
+        shift
+        echo "nft $*" >"$FAKE/timer"
+    """,
+    "systemctl": """
+        if [ "$1" = show ]; then
+            [ -e "$FAKE/timer" ] && echo loaded || echo not-found
+            echo
+            echo not-found
+            exit
+        fi
+        [ ! -e "$FAKE/stopping" ] || . "$FAKE/stopping"
+        case $2 in *.timer) rm "$FAKE/timer" 2>/dev/null || exit 5 ;; *) exit 5 ;; esac
+    """,
+}
+
+
+class Host:
+    """A host whose kernel and service manager are files."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.path = folder / "firewall.nft"
+        self.path.write_text("old")
+        self.load("old\n")
+
+    def load(self, text: str) -> None:
+        (self.folder / "kernel").write_text(text)
+
+    @property
+    def loaded(self) -> str:
+        return (self.folder / "kernel").read_text()
+
+    @property
+    def is_timed(self) -> bool:
+        return (self.folder / "timer").exists()
+
+    def when_stopping(self, script: str) -> None:
+        (self.folder / "stopping").write_text(script)
+
+    def elapse(self) -> None:
+        """The timer is due."""
+        subprocess.run(["sh", "-e", self.folder / "timer"], check=True)
+        (self.folder / "timer").unlink()
+
+    def phase(self, phase: str, rules: str) -> None:
+        firewall.run(
+            {"phase": phase, "rules": rules, "path": str(self.path), "rollback_seconds": 60}, check_mode=False
+        )
+
+
+@pytest.fixture
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, script in STAND_INS.items():
+        (folder / name).write_text(f"#!/bin/sh\n{script}")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.setenv("FAKE", str(tmp_path))
+    monkeypatch.setattr(firewall, "STATE", tmp_path / "state")
+    return Host(tmp_path)
+
+
+def test_rules_that_were_reached_are_kept(host: Host) -> None:
+    host.phase("try", "new\n")
+    assert host.loaded == "new\n" and host.path.read_text() == "old" and host.is_timed
+    host.phase("confirm", "new\n")
+    assert host.loaded == host.path.read_text() == "new\n" and not host.is_timed
+    assert host.path.with_name("firewall.nft.listing").read_text() == "new\n"
+    host.phase("try", "newer\n")
+    host.elapse()
+    assert host.loaded == "new\n"
+
+
+@pytest.mark.parametrize("rules", ["locked out\n", "other\n"])
+def test_a_second_run_does_not_take_the_first_ones_way_back(host: Host, rules: str) -> None:
+    host.phase("try", "locked out\n")
+    with pytest.raises(
+        firewall.FirewallError, match=r"another run tries rules right now; wait (60|59) seconds"
+    ):
+        host.phase("try", rules)
+    assert host.loaded == "locked out\n"
+    host.elapse()
+    assert host.loaded == "old\n" and host.path.read_text() == "old"
+    host.phase("try", rules)
+
+
+def test_rules_of_another_run_keep_their_timer(host: Host) -> None:
+    host.phase("try", "new\n")
+    with pytest.raises(firewall.FirewallError, match="not being tried any more"):
+        host.phase("confirm", "other\n")
+    assert host.is_timed
+    host.elapse()
+    assert host.loaded == "old\n" and host.path.read_text() == "old"
+
+
+def test_rules_that_something_else_replaced_keep_their_timer(host: Host) -> None:
+    host.phase("try", "new\n")
+    host.load("changed by hand\n")
+    with pytest.raises(firewall.FirewallError, match="other rules are loaded"):
+        host.phase("confirm", "new\n")
+    assert host.is_timed and host.path.read_text() == "old"
+
+
+def test_a_connection_after_the_timer_is_too_late(host: Host) -> None:
+    with pytest.raises(firewall.FirewallError, match="too late"):
+        host.phase("confirm", "new\n")  # the host was started anew
+    host.phase("try", "new\n")
+    host.elapse()
+    with pytest.raises(firewall.FirewallError, match="too late"):
+        host.phase("confirm", "new\n")
+    assert host.loaded == "old\n" and host.path.read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    "stopping",
+    [
+        'rm -f "$FAKE/timer"',  # it was due just now, and its command is not done yet
+        'echo changed >"$FAKE/kernel"',
+        "exit 1",
+    ],
+)
+def test_whatever_happens_after_the_comparison_the_old_rules_come_back(host: Host, stopping: str) -> None:
+    host.phase("try", "new\n")
+    host.when_stopping(stopping)
+    with pytest.raises(firewall.FirewallError, match="the old rules are back"):
+        host.phase("confirm", "new\n")
+    assert host.loaded == "old\n" and host.path.read_text() == "old"
+
+
+def test_rules_that_cannot_be_kept_on_disk_are_not_kept_in_the_kernel(host: Host) -> None:
+    host.phase("try", "new\n")
+    host.path = host.folder / "missing" / "firewall.nft"
+    with pytest.raises(firewall.FirewallError, match="the old rules are back"):
+        host.phase("confirm", "new\n")
+    assert host.loaded == "old\n" and not host.is_timed
+
+
+@pytest.mark.parametrize(
+    ("release", "leap_seconds"),
+    [(12, "leapsectz right/UTC"), (13, "leapseclist /usr/share/zoneinfo/leap-seconds.list")],
+)
+def test_chrony_learns_of_leap_seconds_from_what_the_release_has(
+    play: Callable[..., Play], release: int, leap_seconds: str
+) -> None:
+    text = prepared(
+        play, f"lookup('ansible.builtin.template', '{PREPARE}/templates/chrony.conf.j2')", release
+    )
+    assert [line for line in text.splitlines() if line.startswith("leap")] == [leap_seconds]
+
+
+@pytest.mark.parametrize(
+    ("nouns", "answers", "stopped"),
+    [
+        (["redis", "app"], ["haproxy ours"], True),
+        (["redis", "app"], [], False),  # there is none, or one of somebody else's
+        (["app", "haproxy"], ["haproxy ours"], False),
+    ],
+)
+def test_haproxy_leaves_its_port_before_redis_takes_it(
+    play: Callable[..., Play], nouns: list[str], answers: list[str], stopped: bool
+) -> None:
+    units = prepared(play, "__prepare_units", 12, *answers, prepare_nouns=nouns)
+    found = [unit for unit in units if unit["name"] == "haproxy.service"]
+    assert found == ([{"name": "haproxy.service", "enabled": False, "state": "stopped"}] if stopped else [])
+
+
+PREPARE = BUNDLE / "roles" / "prepare"
+
+
+def prepared(
+    play: Callable[..., Play], expression: str, release: int, *answers: str, **variables: Any
+) -> Any:
+    """What the role makes of a host that gave these answers."""
+    asked = {"stdout_lines": [f"os debian {release}", *answers]}
+    tasks = [
+        {"ansible.builtin.include_vars": f"{PREPARE}/{folder}/main.yml"} for folder in ("defaults", "vars")
+    ]
+    show = {"ansible.builtin.debug": {"msg": f"{{{{ {expression} }}}}"}}
+    run = play([*tasks, {**show, "vars": {"__prepare_host": asked, "prepare_nouns": [], **variables}}])
+    assert run.code == 0, run.output
+    return run.results[-1]["msg"]

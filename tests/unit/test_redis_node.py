@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import getpass
+import grp
 import importlib.util
 import json
+import os
 import socket
+import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -93,9 +100,12 @@ def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     (tmp_path / "redis.json").write_text(json.dumps(settings))
     (tmp_path / "redis_sentinel").write_text("secret\n")
     (tmp_path / "redis_admin").write_text("secret\n")
-    for name, value in {"STATE": tmp_path, "CREDENTIALS": tmp_path, "PRIMARY_SECONDS": 0.3}.items():
+    paths = {"STATE": tmp_path, "CREDENTIALS": tmp_path, "CONFIGURED": tmp_path}
+    paths["LOADED_USERS"] = tmp_path / "run/users.sha256"
+    for name, value in {**paths, "PRIMARY_SECONDS": 0.3, "ACCOUNT": getpass.getuser()}.items():
         monkeypatch.setattr(module, name, value)
-    module.__dict__["settings"] = module.Settings(tmp_path / "redis.json")
+    module.__dict__["settings"] = own = module.Settings(tmp_path / "redis.json")
+    monkeypatch.setattr(module, "Settings", lambda: own)
     return module
 
 
@@ -140,8 +150,6 @@ def test_a_node_starts_in_the_role_that_it_remembers(
         {"redis_conf": PRIMARY},
         {"sentinel_conf": SENTINEL.replace("127.0.0.12", "127.0.0.11")},
         {"seed": "replicaof 127.0.0.11 6379\n", "sentinel_conf": SENTINEL.replace(".12", ".11")},
-        # Data that nobody deployed: they may be anything.
-        {"data": True},
     ],
 )
 def test_a_node_without_data_never_starts_as_the_primary(
@@ -151,3 +159,282 @@ def test_a_node_without_data_never_starts_as_the_primary(
     with pytest.raises(node.RedisError, match="does not start as an empty primary"):
         node.followed_primary(node.settings)
     assert "waits until the Sentinels have made another node the primary" in capsys.readouterr().err
+
+
+def test_data_that_nobody_deployed_are_told_from_lost_ones(
+    node: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    leave(tmp_path, data=True)
+    with pytest.raises(node.RedisError) as error:
+        node.followed_primary(node.settings)
+    assert f"Redis has data in {tmp_path}, but neither redis.conf nor seed" in str(error.value)
+    assert "has data here of which nothing says whose they are, so it waits" in capsys.readouterr().err
+
+
+# The account of Redis owns the folder in which root writes.
+
+
+def test_a_planted_link_leads_root_nowhere(
+    node: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owners: list[tuple[int, int]] = []
+    monkeypatch.setattr(node.os, "fchown", lambda _, user, group: owners.append((user, group)))
+    victim = tmp_path / "shadow"
+    victim.write_text("root:secret\n")
+    before = victim.stat()
+    for name in (".redis.conf.new", "redis.conf"):
+        (tmp_path / name).symlink_to(victim)
+    node.replace(tmp_path / "redis.conf", ["include this"])
+    assert victim.read_text() == "root:secret\n" and victim.stat() == before
+    written = tmp_path / "redis.conf"
+    assert written.read_text() == "include this\n" and not written.is_symlink()
+    assert written.stat().st_mode & 0o777 == 0o600
+    assert owners == [(os.getuid(), grp.getgrnam(getpass.getuser()).gr_gid)]
+    assert not (tmp_path / ".redis.conf.new").is_symlink()
+
+
+def test_a_link_that_comes_back_at_once_is_not_followed(
+    node: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    victim = tmp_path / "shadow"
+    victim.write_text("root:secret\n")
+    (tmp_path / ".redis.conf.new").symlink_to(victim)
+    monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)
+    with pytest.raises(FileExistsError):
+        node.replace(tmp_path / "redis.conf", ["include this"])
+    assert victim.read_text() == "root:secret\n"
+
+
+@pytest.mark.parametrize("name", ["redis.conf", "seed", "sentinel.conf"])
+def test_root_reads_no_file_through_a_link_and_waits_for_no_pipe(
+    node: ModuleType, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "elsewhere").write_text("replicaof 127.0.0.13 6379\n")
+    (tmp_path / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match="symbolic links"):
+        node.followed_primary(node.settings)
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(OSError, match="is no plain file"):
+        node.followed_primary(node.settings)
+
+
+def test_what_was_loaded_is_noted_where_redis_cannot_write(node: ModuleType, tmp_path: Path) -> None:
+    leave(tmp_path, seed="primary", users_acl=USERS)
+    node.compose()
+    assert node.text_of(node.LOADED_USERS) == node.users_hash()
+    assert node.LOADED_USERS.parent.stat().st_mode & 0o777 == 0o700
+    source = (BUNDLE / "roles/redis/files/hothouse_redis.py").read_text()
+    assert 'LOADED_USERS = Path("/run/hothouse-redis/users.sha256")' in source
+
+
+# Real servers.
+
+USERS = "user default on nopass ~* &* +@all\nuser admin on >secret ~* &* +@all\n"
+Start = Callable[..., "subprocess.Popen[bytes]"]
+
+
+@pytest.fixture
+def start(node: ModuleType, tmp_path: Path) -> Iterator[Start]:
+    """Starts a server with the data of this folder; all of them are killed afterwards."""
+    servers: list[subprocess.Popen[bytes]] = []
+
+    def run(folder: Path, *options: str, address: str = NODES["r1"]) -> subprocess.Popen[bytes]:
+        folder.mkdir(exist_ok=True)
+        if not (tmp_path / "users.acl").exists():
+            (tmp_path / "users.acl").write_text(USERS)
+        words = ["--bind", address, "--port", str(node.settings.port), "--dir", str(folder)]
+        words += ["--aclfile", str(tmp_path / "users.acl"), "--protected-mode", "no"]
+        words += ["--enable-debug-command", "yes", "--appendonly", "yes", "--save", "3600 1"]
+        words += ["--repl-diskless-sync-delay", "0"]
+        with (folder / "log").open("ab") as log:
+            servers.append(subprocess.Popen(["redis-server", *words, *options], stdout=log, stderr=log))
+        settings = node.settings
+
+        def answers() -> bool:
+            try:
+                with settings.redis(address, 5) as redis:
+                    return redis.info("persistence")["loading"] == "0"
+            except (OSError, node.RedisError):
+                return False
+
+        assert node.wait(answers, 15), (folder / "log").read_text()
+        return servers[-1]
+
+    yield run
+    for server in servers:
+        server.kill()
+        server.wait()
+
+
+def ended(server: subprocess.Popen[bytes]) -> int:
+    return server.wait(15)
+
+
+@pytest.fixture
+def asleep(node: ModuleType) -> Iterator[Callable[[float], None]]:
+    """Lets the server of this node answer nobody for some seconds."""
+    threads: list[threading.Thread] = []
+
+    def sleep(seconds: float) -> None:
+        def run() -> None:
+            with node.settings.redis(seconds=30) as redis:
+                redis.ask("DEBUG", "SLEEP", str(seconds))
+
+        threads.append(threading.Thread(target=run))
+        threads[-1].start()
+        time.sleep(0.3)
+
+    yield sleep
+    for thread in threads:
+        thread.join()
+
+
+@pytest.mark.parametrize("patience", [10.0, 0.4])
+def test_a_redis_that_answers_late_is_not_killed(
+    node: ModuleType,
+    tmp_path: Path,
+    start: Start,
+    asleep: Callable[[float], None],
+    monkeypatch: pytest.MonkeyPatch,
+    patience: float,
+) -> None:
+    """With one long answer, and with connections that are given up in between."""
+    monkeypatch.setattr(node, "BUSY_SECONDS", patience)
+    monkeypatch.setattr(node, "PRIMARY_SECONDS", 15.0)
+    start(tmp_path / "primary", address=NODES["r3"])
+    leave(tmp_path, redis_conf=f"{REPLICA}replica-priority 0\n")
+    port = str(node.settings.port)
+    start(tmp_path / "replica", "--replicaof", NODES["r3"], port, "--replica-priority", "0")
+    asleep(1.8)
+    began = time.monotonic()
+    node.ready()
+    assert time.monotonic() - began > 1
+    with node.settings.redis() as redis:
+        assert redis.ask("CONFIG", "GET", "replica-priority")[1] == "100"
+        assert redis.info("replication")["master_link_status"] == "up"
+
+
+def test_a_redis_that_never_answers_is_killed_only_without_data(
+    node: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"BUSY_SECONDS": 0.1, "LINK_SECONDS": 0.5}.items():
+        monkeypatch.setattr(node, name, value)
+    leave(tmp_path, redis_conf=REPLICA)
+    with pytest.raises(ConnectionRefusedError):
+        node.ready()
+    with socket.create_server((NODES["r1"], node.settings.port)):
+        node.ready()
+        assert "Redis runs, but does not answer within 0.5 s" in capsys.readouterr().err
+        (tmp_path / "redis.conf").write_text(f"{REPLICA}replica-priority 0\n")
+        with pytest.raises(TimeoutError):
+            node.ready()
+
+
+def test_users_count_as_loaded_only_when_redis_has_loaded_them(
+    node: ModuleType, tmp_path: Path, start: Start
+) -> None:
+    start(tmp_path / "data")
+    node.note_users("of the start")
+    (tmp_path / "users.acl").write_text(USERS + "user mistaken on +nonsense\n")
+    for _ in range(2):
+        with pytest.raises(node.RedisError):
+            node.reload()
+        assert node.text_of(node.LOADED_USERS) == "of the start"
+    # The admin is another one too, so that Redis closes the connection that loads.
+    (tmp_path / "users.acl").write_text(
+        USERS.replace(">secret", ">secret >second") + "user late on >late +ping\n"
+    )
+    node.reload()
+    assert node.text_of(node.LOADED_USERS) == node.users_hash()
+    with node.Redis(NODES["r1"], node.settings.port, False, "late", "late") as late:
+        assert late.ask("PING") == "PONG"
+
+
+@pytest.mark.parametrize("answer", [b"+OK\r\n", b"-WRONGPASS no\r\n"])
+def test_a_closed_connection_counts_only_if_a_new_login_works(
+    node: ModuleType, tmp_path: Path, answer: bytes
+) -> None:
+    leave(tmp_path, users_acl=USERS)
+    node.note_users("of the start")
+    with socket.create_server((NODES["r1"], node.settings.port)) as listener:
+
+        def serve() -> None:
+            first, _ = listener.accept()
+            with first:
+                first.recv(4096)
+                first.sendall(b"+OK\r\n")
+                first.recv(4096)  # ACL LOAD
+            second, _ = listener.accept()
+            with second:
+                second.recv(4096)
+                second.sendall(answer)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        if answer.startswith(b"+"):
+            node.reload()
+            assert node.text_of(node.LOADED_USERS) == node.users_hash()
+        else:
+            with pytest.raises(node.RedisError):
+                node.reload()
+            assert node.text_of(node.LOADED_USERS) == "of the start"
+        thread.join()
+
+
+def fill(node: ModuleType) -> None:
+    with node.settings.redis() as redis:
+        for number in range(20):
+            redis.ask("SET", f"key{number}", "value")
+
+
+def kept(node: ModuleType) -> int:
+    with node.settings.redis() as redis:
+        return int(redis.ask("DBSIZE"))
+
+
+def test_redis_stops_at_once_though_there_is_no_room_for_all_its_data(
+    node: ModuleType, tmp_path: Path, start: Start
+) -> None:
+    server = start(tmp_path / "data")
+    (tmp_path / "data/dump.rdb").mkdir()  # so that it cannot be written, not even by root
+    fill(node)
+    began = time.monotonic()
+    with node.settings.redis() as redis:
+        node.shut_down(redis)
+    assert ended(server) == 0 and time.monotonic() - began < 2
+    start(tmp_path / "data")
+    assert kept(node) == 20
+
+
+def test_without_an_append_only_file_redis_writes_its_data_down(
+    node: ModuleType, tmp_path: Path, start: Start
+) -> None:
+    server = start(tmp_path / "data", "--appendonly", "no")
+    fill(node)
+    with node.settings.redis() as redis:
+        node.shut_down(redis)
+    ended(server)
+    assert (tmp_path / "data/dump.rdb").is_file()
+    start(tmp_path / "data", "--appendonly", "no")
+    assert kept(node) == 20
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_redis_stops_only_when_its_first_append_only_file_is_whole(
+    node: ModuleType, tmp_path: Path, start: Start, behind: bool
+) -> None:
+    """Also if that has to wait for a background save."""
+    server = start(tmp_path / "data", "--appendonly", "no")
+    fill(node)
+    with node.settings.redis() as redis:
+        redis.ask("CONFIG", "SET", "rdb-key-save-delay", "50000")
+        if behind:
+            redis.ask("BGSAVE")
+        redis.ask("CONFIG", "SET", "appendonly", "yes")
+        info = redis.info("persistence")
+        assert info["aof_rewrite_scheduled" if behind else "aof_rewrite_in_progress"] == "1"
+        node.shut_down(redis)
+    ended(server)
+    start(tmp_path / "data")
+    assert kept(node) == 20

@@ -9,13 +9,15 @@ start: of all that was rewritten it keeps nothing but who is whose primary.
 from __future__ import annotations
 
 import contextlib
+import grp
 import hashlib
 import json
 import os
+import pwd
 import re
-import shutil
 import socket
 import ssl
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -27,14 +29,17 @@ CONFIGURED = Path("/etc/redis")
 STATE = Path("/var/lib/redis")
 CREDENTIALS = Path("/etc/hothouse/credentials")
 SETTINGS = Path("/etc/hothouse/redis.json")
-LOADED_USERS = Path("/run/redis/users.sha256")
+LOADED_USERS = Path("/run/hothouse-redis/users.sha256")  # root's own, unlike what Redis can write
+ACCOUNT = "redis"
 MASTER = "hothouse"
 HEADER = (
     "# Composed by /opt/hothouse/lib/hothouse_redis.py at every start, and rewritten by Redis.",
     f"include {CONFIGURED}/redis.conf",
 )
+NEVER_PROMOTED = "replica-priority 0"
 
 ANSWER_SECONDS = 1.0  # that a node may take to answer
+BUSY_SECONDS = 10.0  # that this node's own Redis may take to answer when nobody is kept waiting
 PRIMARY_SECONDS = 60.0  # that a node without data waits for the Sentinels to name another primary
 REPLACED_SECONDS = 15.0  # that a primary that crashed waits for the Sentinels to replace it
 LINK_SECONDS = 20.0  # that a replica may take until it begins to follow its primary
@@ -57,9 +62,8 @@ class Settings:
         self.port: int = values["port"]
         self.sentinel_port: int = values["sentinel_port"]
         self.tls: bool = values["tls"]
-        self.nodes: dict[str, str] = values[
-            "nodes"
-        ]  # address → identity of its Sentinel; empty for a single host
+        # address → identity of its Sentinel; empty for a single host
+        self.nodes: dict[str, str] = values["nodes"]
 
     @property
     def others(self) -> list[str]:
@@ -69,9 +73,9 @@ class Settings:
     def quorum(self) -> int:
         return len(self.nodes) // 2 + 1
 
-    def redis(self, address: str | None = None) -> Redis:
+    def redis(self, address: str | None = None, seconds: float = ANSWER_SECONDS) -> Redis:
         """A connection to Redis as `admin`."""
-        return Redis(address or self.address, self.port, self.tls, "admin", read("redis_admin"))
+        return Redis(address or self.address, self.port, self.tls, "admin", read("redis_admin"), seconds)
 
     def sentinel(self, address: str) -> Redis:
         """A connection to a Sentinel."""
@@ -85,8 +89,16 @@ def read(credential: str) -> str:
 class Redis:
     """A connection to Redis or Sentinel. Raises RedisError and OSError."""
 
-    def __init__(self, address: str, port: int, tls: bool, user: str, password: str) -> None:
-        connection = socket.create_connection((address, port), timeout=ANSWER_SECONDS)
+    def __init__(
+        self,
+        address: str,
+        port: int,
+        tls: bool,
+        user: str,
+        password: str,
+        seconds: float = ANSWER_SECONDS,
+    ) -> None:
+        connection = socket.create_connection((address, port), timeout=seconds)
         try:
             if tls:
                 context = ssl.create_default_context(cafile=str(CONFIGURED / "ca.crt"))
@@ -129,7 +141,12 @@ class Redis:
         if kind == b":":
             return int(text)
         if kind == b"$":
-            return None if int(text) < 0 else self._reader.read(int(text) + 2)[:-2].decode()
+            if int(text) < 0:
+                return None
+            data = self._reader.read(int(text) + 2)
+            if len(data) < int(text) + 2:
+                raise ConnectionResetError("the connection was closed")
+            return data[:-2].decode()
         if kind == b"*":
             return None if int(text) < 0 else [self._answer() for _ in range(int(text))]
         return text
@@ -158,9 +175,20 @@ def wait(condition: Callable[[], Any], seconds: float) -> Any:
     return value
 
 
+# Redis owns its folders, so a Redis that was broken into may leave anything there, links to files of root among it.
+
+
+def content(path: Path) -> bytes:
+    """What is in a plain file; nothing else is followed or waited for. Raises OSError."""
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(f"{path} is no plain file")
+        return file.read()
+
+
 def text_of(path: Path) -> str | None:
     try:
-        return path.read_text()
+        return content(path).decode()
     except FileNotFoundError:
         return None
 
@@ -168,10 +196,12 @@ def text_of(path: Path) -> str | None:
 def replace(path: Path, lines: list[str]) -> None:
     """Write a file that Redis may rewrite, whole or not at all."""
     new = path.with_name(f".{path.name}.new")
-    with open(new, "w", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+    new.unlink(missing_ok=True)
+    with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), "w") as file:
         file.write("\n".join(lines) + "\n")
+        file.flush()
+        os.fchown(file.fileno(), pwd.getpwnam(ACCOUNT).pw_uid, grp.getgrnam(ACCOUNT).gr_gid)
         os.fsync(file.fileno())
-    shutil.chown(new, "redis", "redis")
     new.replace(path)
 
 
@@ -254,6 +284,7 @@ def followed_primary(settings: Settings) -> str | None:
     remembers, kept = kept_primary()
     first = (text_of(STATE / "seed") or "").startswith("primary")
     data = has_data()
+    known = remembers or not data
     reason = ""
     began = time.monotonic()
     while True:
@@ -272,8 +303,17 @@ def followed_primary(settings: Settings) -> str | None:
             return None
         if not reason:
             reason = "was the primary" if remembers and data else "has no data here"
+            if not known:
+                reason = "has data here of which nothing says whose they are"
             say(f"Redis {reason}, so it waits until the Sentinels have made another node the primary")
         if time.monotonic() - began > PRIMARY_SECONDS:
+            if not known:
+                raise RedisError(
+                    f"Redis has data in {STATE}, but neither redis.conf nor seed there says in which role, and no "
+                    "Sentinel names a primary. It does not start as the primary with data that may be anybody's. Start "
+                    f"Redis and Sentinel on the other nodes ({', '.join(settings.others)}). Only if these are the data "
+                    f"to go on with: echo primary > {STATE}/seed"
+                )
             raise RedisError(
                 f"Redis has no data in {STATE}, and no Sentinel names another primary that it could copy. It does not "
                 "start as an empty primary, because its replicas would lose their data too. Start Redis and Sentinel "
@@ -294,9 +334,9 @@ def compose() -> None:
         lines.append(f"replicaof {primary} {settings.port}")
         if not has_data():
             # Never promoted before it has copied everything; `ready` takes it back.
-            lines.append("replica-priority 0")
+            lines.append(NEVER_PROMOTED)
     replace(STATE / "redis.conf", lines)
-    LOADED_USERS.write_text(users_hash())
+    note_users(users_hash())
 
 
 def compose_sentinel() -> None:
@@ -334,30 +374,46 @@ def compose_sentinel() -> None:
 
 
 def ready() -> None:
-    """After Redis started: a replica counts as started when it has what its primary has. Raises RedisError."""
+    """After Redis started: a replica counts as started when it has what its primary has. Raises RedisError and OSError.
+
+    systemd kills Redis if this fails. One that is busy with its data, and answers late, is not to begin anew.
+    """
     settings = Settings()
     (STATE / "seed").unlink(missing_ok=True)
     if not settings.nodes:
         return
+    empty = NEVER_PROMOTED in (text_of(STATE / "redis.conf") or "").splitlines()
+    limit = PRIMARY_SECONDS if empty else LINK_SECONDS
     began, copied = time.monotonic(), 0
-    with settings.redis() as redis:
-        empty = redis.ask("CONFIG", "GET", "replica-priority")[1] == "0"
-        while (info := redis.info("replication"))["role"] == "slave" and info["master_link_status"] != "up":
-            loaded = redis.info("persistence").get("loading_loaded_bytes", "0")
-            if (now := max(int(info.get("master_sync_read_bytes", "0")), 0) + int(loaded)) > copied:
-                began, copied = time.monotonic(), now
-            elif time.monotonic() - began > (PRIMARY_SECONDS if empty else LINK_SECONDS):
-                problem = f"does not get the data of its primary {info['master_host']}"
+    while True:
+        try:
+            with settings.redis(seconds=BUSY_SECONDS) as redis:
+                while (info := redis.info("replication"))["role"] == "slave" and (
+                    info["master_link_status"] != "up"
+                ):
+                    loaded = redis.info("persistence").get("loading_loaded_bytes", "0")
+                    if (now := max(int(info.get("master_sync_read_bytes", "0")), 0) + int(loaded)) > copied:
+                        began, copied = time.monotonic(), now
+                    elif time.monotonic() - began > limit:
+                        problem = f"does not get the data of its primary {info['master_host']}"
+                        if empty:
+                            raise RedisError(f"Redis has no data here, and {problem}")
+                        say(f"Redis runs, but {problem}")
+                        return
+                    elif not empty and not reachable(info["master_host"], settings.port):
+                        say(f"Redis runs, but its primary {info['master_host']} does not")
+                        return
+                    time.sleep(POLL_SECONDS)
                 if empty:
-                    raise RedisError(f"Redis has no data here, and {problem}")
-                say(f"Redis runs, but {problem}")
+                    redis.ask("CONFIG", "SET", "replica-priority", "100")
                 return
-            elif not empty and not reachable(info["master_host"], settings.port):
-                say(f"Redis runs, but its primary {info['master_host']} does not")
+        except OSError as error:
+            if time.monotonic() - began > limit:
+                if empty or not isinstance(error, TimeoutError):
+                    raise
+                say(f"Redis runs, but does not answer within {limit:g} s")
                 return
-            time.sleep(POLL_SECONDS)
-        if empty:
-            redis.ask("CONFIG", "SET", "replica-priority", "100")
+        time.sleep(POLL_SECONDS)
 
 
 def reachable(address: str, port: int) -> bool:
@@ -388,16 +444,32 @@ def stop() -> None:
 
 
 def shut_down(redis: Redis) -> None:
-    """A signal would be lost on a replica that is about to write down what it has just copied; this one insists."""
+    """A signal would be lost on a replica that is about to write down what it has just copied; this one insists.
+
+    Everything is in the append-only file, so Redis is not to write all its data once more, for which a full disk has no
+    room. Only after a copy from the primary the file is yet to be written: Redis refuses to stop while it does so, but
+    not while that is only scheduled, as it is until a background save has ended.
+    """
     redis.patience(SHUT_DOWN_SECONDS)
-    began = time.monotonic()
+    began, said = time.monotonic(), False
     while True:
+        over = time.monotonic() - began > SHUT_DOWN_SECONDS
         try:
-            redis.ask("SHUTDOWN")
+            info = redis.info("persistence")
+            loading = info["loading"] != "0" or info.get("async_loading", "0") != "0"
+            if info["aof_enabled"] != "1" or loading:
+                redis.ask("SHUTDOWN")
+            elif info["aof_rewrite_scheduled"] == "0":
+                if info["aof_last_write_status"] != "ok" and not said:
+                    said = True
+                    say("Redis cannot write its append-only file, and stops without what it took in at last")
+                redis.ask("SHUTDOWN", "NOSAVE")
+            elif over:
+                raise RedisError("Redis does not come to write its append-only file")
         except ConnectionError:
             return
         except RedisError:
-            if time.monotonic() - began > SHUT_DOWN_SECONDS:
+            if over:
                 raise
         time.sleep(POLL_SECONDS)
 
@@ -454,22 +526,31 @@ def caught_up(info: dict[str, str], offset: int) -> bool:
 
 
 def users_hash() -> str:
-    return hashlib.sha256((CONFIGURED / "users.acl").read_bytes()).hexdigest()
+    return hashlib.sha256(content(CONFIGURED / "users.acl")).hexdigest()
+
+
+def note_users(loaded: str) -> None:
+    """Remember which users Redis has loaded."""
+    LOADED_USERS.parent.mkdir(mode=0o700, exist_ok=True)
+    LOADED_USERS.write_text(loaded)
 
 
 def reload() -> None:
     """Take over new certificates and users without a restart. Connections stay, except those of changed users."""
     settings = Settings()
-    with settings.redis() as redis:
+    with settings.redis(seconds=BUSY_SECONDS) as redis:
         if settings.tls:
             files = {"tls-cert-file": "host.crt", "tls-key-file": "host.key", "tls-ca-cert-file": "ca.crt"}
             words = [word for option, name in files.items() for word in (option, str(CONFIGURED / name))]
             redis.ask("CONFIG", "SET", *words)
-        if text_of(LOADED_USERS) != users_hash():
-            LOADED_USERS.write_text(users_hash())
-            # Redis 7.0 closes every connection here, this one too.
-            with contextlib.suppress(ConnectionResetError):
+        if text_of(LOADED_USERS) != (users := users_hash()):
+            try:
                 redis.ask("ACL", "LOAD")
+            except ConnectionError:
+                # Redis 7.0 closes every connection when it has loaded them, this one too.
+                with settings.redis(seconds=BUSY_SECONDS):
+                    pass
+            note_users(users)
 
 
 def primary() -> None:
