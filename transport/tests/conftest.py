@@ -202,8 +202,9 @@ def publisher(server: Server, url: str = "", **options: Any) -> Callable[..., No
     from tasks import app, note
 
     def send(
-        numbers: Any, queue: str = "one", task: Any = note, retries: int = 100, **arguments: Any
-    ) -> None:
+        numbers: Any, queue: str = "one", task: Any = note, retries: int = 100, countdown: float = 0,
+        **arguments: Any,
+    ) -> None:  # fmt: skip
         policy = {**app.conf.task_publish_retry_policy, "max_retries": retries}
         transport_options = {**app.conf.broker_transport_options, **options}
         broker = url or server.url("publisher")
@@ -212,6 +213,7 @@ def publisher(server: Server, url: str = "", **options: Any) -> Callable[..., No
                 task.apply_async(
                     (number,) if task is note else (),
                     arguments,
+                    countdown=countdown or None,
                     queue=queue,
                     connection=connection,
                     retry_policy=policy,

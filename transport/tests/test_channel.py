@@ -17,6 +17,7 @@ from conftest import Server, running, wait_until
 from kombu import Connection, Consumer, Exchange, Queue
 from kombu.exceptions import ChannelError
 from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import ResponseError
 
 import hothouse_transport
 from hothouse_transport import channel as module
@@ -219,6 +220,83 @@ def test_an_acknowledgement_that_failed_is_repeated(server: Server, connect: Cal
     assert server.admin.hlen("q:unacked") == 1
     channel._clients["plain"] = good
     drain(connection, lambda: not server.admin.exists("q:unacked"))
+
+
+def test_acknowledgements_that_are_refused_for_good_are_all_kept(
+    server: Server, connect: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connection = connect()
+    put(connection, "one", *range(3))
+    consumer, got = consume(connection, ["one"])
+    drain(connection, lambda: len(got) == 3)
+    channel = consumer.channel
+    good, channel._clients["plain"] = channel.plain, unreachable()
+    for message in got:
+        message.ack()
+    channel._clients["plain"] = good
+
+    def refuse(*_: Any) -> None:
+        raise ResponseError("NOPERM this user has no permissions to run the 'evalsha' command")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(channel, "run", refuse)
+        put(connect(), "one", "taken at the same time")
+        with pytest.raises(ResponseError):
+            drain(connection, lambda: False)
+    assert server.admin.hlen("q:unacked") >= 3
+    drain(connection, lambda: len(got) == 4 and server.admin.hlen("q:unacked") == 1)
+    got[3].ack()
+
+
+def scores(server: Server) -> dict[str, float]:
+    return dict(server.admin.zrange("q:unacked_index", 0, -1, withscores=True))
+
+
+def test_what_is_held_is_renewed_with_a_full_memory_as_well_and_nothing_else(
+    server: Server, connect: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "RENEW_BATCH", 3)
+    connection = connect()
+    put(connection, "one", *range(10))
+    consumer, got = consume(connection, ["one"])
+    drain(connection, lambda: len(got) == 10)
+    qos = consumer.channel.qos
+    tags = [message.delivery_tag for message in got]
+    got[0].ack()
+    server.admin.zrem("q:unacked_index", tags[1])  # as when another worker gave it back
+    server.admin.zadd("q:unacked_index", {"another's": 5, **dict.fromkeys(tags[2:], 5)})
+    server.admin.config_set("maxmemory", 1)
+    try:
+        qos._next_renewal = 0.0
+        qos.renew()
+    finally:
+        server.admin.config_set("maxmemory", 0)
+    after = scores(server)
+    assert after.pop("another's") == 5
+    assert after.keys() == set(tags[2:])
+    assert all(abs(score - time.time()) < 10 for score in after.values())
+    # Not again before a third of the visibility timeout has passed.
+    server.admin.zadd("q:unacked_index", {tags[2]: 5})
+    qos.renew()
+    assert scores(server)[tags[2]] == 5
+
+
+def test_what_could_not_be_handed_back_is_not_renewed_for_ever(
+    server: Server, connect: Callable[..., Any]
+) -> None:
+    connection = connect()
+    put(connection, "one", 1)
+    consumer, got = consume(connection, ["one"])
+    drain(connection, lambda: got)
+    channel = consumer.channel
+    good, channel._clients["plain"] = channel.plain, unreachable()
+    with pytest.raises(RedisConnectionError):
+        got[0].requeue()
+    channel._clients["plain"] = good
+    before = scores(server)
+    channel.qos._next_renewal = 0.0
+    channel.qos.renew()
+    assert scores(server) == before != {}
 
 
 def test_an_acknowledgement_without_a_consumer_fails_loudly(

@@ -113,10 +113,50 @@ def test_a_task_that_survives_a_vanished_worker_leaves_no_count_behind(
     worker.kill()
     start_worker(server, options={"visibility_timeout": 1})
     wait_until(lambda: server.admin.hvals("q:deliveries") == ["1"])
-    # It takes longer than the visibility timeout, so it is given back again; another worker may finish it as well.
     wait_until(lambda: notebook.done().get(1))
     wait_until(lambda: not server.admin.exists("q:deliveries", "q:unacked"))
     assert server.dead_letters() == []
+
+
+@pytest.mark.parametrize("pool", ["threads", "prefork"])
+def test_what_a_worker_that_lives_holds_for_long_is_run_once(
+    pool: str,
+    server: Server,
+    notebook: Notebook,
+    start_worker: Callable[..., Worker],
+    publish: Callable[..., None],
+) -> None:
+    options = {"visibility_timeout": 3, "max_deliveries": 2}
+    workers = [start_worker(server, pool=pool, options=options) for _ in range(2)]
+    publish([1], countdown=10)
+    publish([2], seconds=8)
+    wait_until(lambda: notebook.started() == [2])
+    held = server.admin.zrange("q:unacked_index", 0, -1)
+    assert len(held) == 2
+    while not notebook.done().get(1):
+        # Both are noted all the time, so neither is ever in the queue.
+        assert server.admin.llen("q:one") == 0 and not server.admin.exists("q:deliveries", "q:dead-letter")
+        time.sleep(0.05)
+    wait_until(lambda: not server.admin.exists("q:unacked", "q:unacked_index"))
+    time.sleep(1)
+    assert notebook.done() == {1: 1, 2: 1} and notebook.started() == [2]
+    assert server.admin.zcard("q:unacked_index") == server.admin.llen("q:one") == 0
+    assert not any("vanished" in worker.text() or "Traceback" in worker.text() for worker in workers)
+
+
+def test_what_a_worker_holds_comes_back_when_its_loop_stands_still(
+    server: Server, notebook: Notebook, start_worker: Callable[..., Worker], publish: Callable[..., None]
+) -> None:
+    hung = start_worker(server)
+    publish([1], seconds=6)
+    wait_until(lambda: notebook.started() == [1])
+    hung.process.send_signal(signal.SIGSTOP)
+    start_worker(server)
+    wait_until(lambda: notebook.started() == [1, 1])
+    assert server.admin.hvals("q:deliveries") == ["1"]
+    hung.process.send_signal(signal.SIGCONT)
+    wait_until(lambda: notebook.done() == {1: 2})
+    wait_until(lambda: not server.admin.exists("q:unacked", "q:unacked_index", "q:one"))
 
 
 @pytest.mark.parametrize("scheme", ["hothouse", "redis"])
@@ -175,6 +215,13 @@ def test_a_full_memory_stops_no_worker_and_loses_nothing(
             # What is queued is taken and acknowledged all the same, and makes room.
             wait_until(lambda: len(notebook.done()) == first + 100 and not admin.exists("q:unacked"))  # noqa: B023
             admin.config_set("maxmemory", 0)
+        # Who publishes meanwhile, on a new connection and as `delay` does it, waits and gets no error.
+        admin.config_set("maxmemory", 1)
+        freed = threading.Timer(2.5, admin.config_set, ["maxmemory", 0])
+        freed.start()
+        publisher(server)([1001], queue="one")
+        assert not freed.is_alive(), "it was published when there was room again"
+        wait_until(lambda: notebook.done().get(1001) == 1)
         assert worker.process.poll() is None
         assert "Traceback" not in worker.text()
 

@@ -57,6 +57,7 @@ INTERFACE = {
         "on_readable": ["self", "fileno"],
         "maybe_refresh_binding_expiry": ["self"],
         "maybe_check_brpop_health": ["self"],
+        "maybe_restore_messages": ["self"],
         "get": ["self", "callback", "timeout"],
     },
     "PublishBatch": {"flush": ["self"]},

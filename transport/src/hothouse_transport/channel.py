@@ -28,7 +28,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError, ResponseError
 
 from hothouse_transport.health import health
-from hothouse_transport.scripts import ACK, FETCH, MOVE, OVERDUE, Script
+from hothouse_transport.scripts import ACK, FETCH, MOVE, OVERDUE, RENEW, Script
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,8 @@ PUBLISH_PAUSE_SECONDS = 0.5
 BATCH = 20
 # How many overdue messages are looked at in one step, and for how long in one go, in seconds.
 OVERDUE_BATCH, OVERDUE_SECONDS = 100, 1.0
+# How many messages are renewed in one step, and how long to wait at most after that failed, in seconds.
+RENEW_BATCH, RENEW_PAUSE_SECONDS = 500, 5.0
 # How long failed deliveries of a message are remembered at least, in seconds.
 REMEMBER_SECONDS = 7 * 24 * 3600
 
@@ -162,6 +164,7 @@ class QoS(stock.QoS):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._next_sweep = 0.0
+        self._next_renewal = 0.0
 
     def append(self, message: Any, delivery_tag: str) -> None:
         if delivery_tag in self.channel.noted:
@@ -171,17 +174,24 @@ class QoS(stock.QoS):
             super().append(message, delivery_tag)
 
     def ack(self, delivery_tag: str) -> None:
-        self._settle(delivery_tag)
-        virtual.QoS.ack(self, delivery_tag)
-        self.channel.credit()
+        with self.let_go(delivery_tag):
+            self._settle(delivery_tag)
 
     def reject(self, delivery_tag: str, requeue: bool = False) -> None:
-        if requeue:
-            self.restore_by_tag(delivery_tag, leftmost=True)
-        else:
-            self._settle(delivery_tag)
-        virtual.QoS.ack(self, delivery_tag)
-        self.channel.credit()
+        with self.let_go(delivery_tag):
+            if requeue:
+                self.restore_by_tag(delivery_tag, leftmost=True)
+            else:
+                self._settle(delivery_tag)
+
+    @contextmanager
+    def let_go(self, tag: str) -> Iterator[None]:
+        """Hold a message no longer, also if Redis could not be told: renewed for ever, it would never come back."""
+        try:
+            yield
+        finally:
+            virtual.QoS.ack(self, tag)
+            self.channel.credit()
 
     def _settle(self, tag: str) -> None:
         """Acknowledge in Redis; if it cannot be reached, when it can be again, also through another channel."""
@@ -213,6 +223,20 @@ class QoS(stock.QoS):
         entry = self.channel.plain.hget(self.channel.books[1], tag)
         if entry is not None:
             self.channel.give_back(tag, entry, push="LPUSH" if leftmost else "RPUSH")
+
+    def renew(self) -> None:
+        """Say that what is held is held by a consumer that lives, however long that takes."""
+        channel = self.channel
+        now = time.monotonic()
+        if now < self._next_renewal or not self._delivered or channel.silent:
+            return
+        # Tasks in other threads settle meanwhile; of a message that is settled, Redis changes nothing.
+        held = [tag for tag in list(self._delivered) if tag not in self._dirty]
+        self._next_renewal = now + min(channel.visibility_timeout / 10, RENEW_PAUSE_SECONDS)
+        for start in range(0, len(held), RENEW_BATCH):
+            channel.run(RENEW, channel.books[:1], *held[start : start + RENEW_BATCH])
+        # A little less than a third, so that a timer which is a little early is not skipped.
+        self._next_renewal = now + channel.visibility_timeout * 0.3
 
     def restore_visible(self, start: int = 0, num: int | None = None, interval: int | None = None) -> None:
         """Give back what consumers took and neither acknowledged nor gave back in the visibility timeout."""
@@ -259,6 +283,13 @@ class Poller(stock.MultiChannelPoller):
         super().maybe_refresh_binding_expiry()
 
     def maybe_restore_messages(self) -> None:
+        # All renew before any looks, or what this process holds would be overdue after its loop stood still.
+        for channel in list(self._channels):
+            try:
+                channel.qos.renew()
+            except (*channel.connection_errors, ResponseError) as error:
+                logger.warning("could not renew the hold on messages, trying again: %s", error)
+                return
         for channel in list(self._channels):
             try:
                 channel.qos.restore_visible(num=channel.unacked_restore_limit)
@@ -509,11 +540,10 @@ class Channel(stock.Channel):
             return False
         self._answered()
         self._refused_since = None
+        if answer:
+            self._woken = True  # there may be more
+            self._note(answer)
         self._settle_unsettled()
-        if not answer:
-            return False
-        self._woken = True  # there may be more
-        self._note(answer)
         return self._deliver_fetched()
 
     def _answered(self) -> None:
@@ -584,10 +614,15 @@ class Channel(stock.Channel):
         self.bury(tag, f"unreadable: {error!r}")
 
     def _settle_unsettled(self) -> None:
-        for tag, counted in unsettled.take(self.broker).items():
-            try:
+        waiting = unsettled.take(self.broker)
+        try:
+            for tag, counted in list(waiting.items()):
                 self.run(ACK, self.books, tag, int(counted))
-            except self.connection_errors:
+                del waiting[tag]
+        except self.connection_errors as error:
+            logger.warning("Redis did not take an acknowledgement again, it will be repeated: %s", error)
+        finally:
+            for tag, counted in waiting.items():
                 unsettled.add(self.broker, tag, counted)
 
     def basic_get(self, queue: str, no_ack: bool = False, **kwargs: Any) -> Any:
@@ -793,8 +828,8 @@ def dead_letter(channel: Any, message: Any, reason: str, deliveries: int = 0) ->
 
     `message` is kombu's Message. False if it was acknowledged or given back already.
     """
-    moved: bool = channel.bury(message.delivery_tag, reason, deliveries)
-    virtual.QoS.ack(channel.qos, message.delivery_tag)
+    with channel.qos.let_go(message.delivery_tag):
+        moved: bool = channel.bury(message.delivery_tag, reason, deliveries)
     return moved
 
 

@@ -1,7 +1,8 @@
 """The Lua scripts: each is one atomic step inside Redis, by Redis' own clock.
 
 In each, the first write is one that Redis does not refuse when its memory is full; once a script has written, its other
-commands are not refused either. So taking, acknowledging and giving back work with a full memory, and make room.
+commands are not refused either. So taking, renewing, acknowledging and giving back work with a full memory, which
+makes room.
 """
 
 from __future__ import annotations
@@ -77,7 +78,22 @@ return redis.call('ZREM', KEYS[1], ARGV[1])
 """
 )
 
-# What was taken longer ago than the visibility timeout. KEYS unacked_index, unacked, deliveries;
+# Hold messages as if they had been taken just now, except those that were acknowledged or given back in the meantime.
+# KEYS unacked_index; ARGV tag...
+RENEW = Script(
+    """
+redis.call('ZREM', KEYS[1], '') -- removes nothing, as no tag is empty, and is not refused
+local time = redis.call('TIME')
+local now = time[1] .. '.' .. string.format('%06d', time[2])
+local rows = {}
+for i = 1, #ARGV do
+  rows[2 * i - 1], rows[2 * i] = now, ARGV[i]
+end
+return redis.call('ZADD', KEYS[1], 'XX', unpack(rows))
+"""
+)
+
+# What was taken or renewed longer ago than the visibility timeout. KEYS unacked_index, unacked, deliveries;
 # ARGV the timeout in seconds, how many at most. Returns {tag, score, deliveries that failed so far, entry, ...}.
 OVERDUE = Script(
     """
