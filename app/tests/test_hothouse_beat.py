@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -135,6 +136,42 @@ def test_a_task_that_could_not_be_sent_is_sent_as_soon_as_it_can_be(
         mended = time.time()
         wait_until(lambda: sent(shim) and sent(shim, "seldom"), 10)
         assert sent(shim)[0][0] - mended < 2
+    check_served_once(sent(shim), 1)
+
+
+# As beat meets it when a failover begins between the publishing and the note of it, and lasts for a while.
+READ_ONLY = """
+import hothouse_celery.beat
+from redis.exceptions import ReadOnlyError
+
+class Redis:
+    def __init__(self, redis): self.redis = redis
+    def __getattr__(self, name): return getattr(self.redis, name)
+    def set(self, key, value, ex):
+        failed.append(key)
+        if failed.count(key) <= 3:
+            if LOST: self.redis.delete(key)
+            raise ReadOnlyError("a trial")
+        return self.redis.set(key, value, ex=ex)
+
+failed, get_redis = [], hothouse_celery.beat.get_redis
+hothouse_celery.beat.get_redis = lambda app: Redis(get_redis(app))
+Scheduler = hothouse_celery.beat.Scheduler
+"""
+
+
+@pytest.mark.parametrize("lost", [False, True], ids=["claim stays", "claim is lost"])
+def test_what_was_sent_but_could_not_be_noted_is_not_sent_again(
+    shim: Redis, beat: Beat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: bool
+) -> None:
+    (tmp_path / "read_only.py").write_text(READ_ONLY.replace("LOST", str(lost)))
+    monkeypatch.setenv("PYTHONPATH", f"{os.environ['PYTHONPATH']}:{tmp_path}")
+    schedule = {"often": {"task": "trials.say", "schedule": 1.0, "args": ["often"]}}
+    with beat("one", beat_scheduler="read_only:Scheduler", beat_schedule=schedule) as one:
+        wait_until(lambda: len(sent(shim)) > 2, 30)
+        assert one.poll() is None
+    assert "ReadOnlyError" in (tmp_path / "one.log").read_text()
+    assert "served" in [shim.admin.get(key) for key in shim.admin.keys("redbeat:slot:*")]
     check_served_once(sent(shim), 1)
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+import redis
 from conftest import Redis, wait_until
 from hosts import celery, python, send, set_up
 from proxy import Proxy
@@ -107,6 +110,120 @@ def test_dead_letters_are_listed_put_back_and_dropped(
     assert python("-m", "hothouse_celery", "dead-letters", "--requeue").returncode == 2
 
 
+# What a command run by hothouse-run may do, from roles/redis/vars, without what is the application's own.
+APP_RULES = (
+    "-@all +auth +hello +ping +select +client|setname +multi +exec +discard +watch +unwatch ~app:*"
+    " (+lpush +llen +sadd +smembers +publish +wait ~q:* &q:/0.celeryev/*) (+lrange +lrem ~q:dead-letter)"
+)
+UNREADABLE = ["no JSON", "\udcff\udcfe", "[1]", json.dumps({"headers": 5, "properties": {}}), ""]
+
+
+@pytest.fixture
+def operator(shim: Redis, tmp_path: Path) -> Iterator[Redis]:
+    """Commands have the rights of hothouse-run. Fails if the ACL refused any."""
+    shim.admin.acl_log_reset()
+    shim.admin.execute_command("ACL", "SETUSER", "operator", "on", ">word", *split_rules(APP_RULES))
+    (tmp_path / "broker_url").write_text(f"redis://operator:word@127.0.0.1:{shim.port}/0")
+    yield shim
+    shim.admin.acl_deluser("operator")
+    assert shim.admin.acl_log() == []
+
+
+def split_rules(rules: str) -> list[str]:
+    return re.findall(r"\([^)]*\)|\S+", rules)
+
+
+def bury(redis: Redis, *messages: Any) -> list[str]:
+    """Put letters of these messages aside, as hothouse_transport does; their entries."""
+    entries = []
+    for number, content in enumerate(messages):
+        headers = content.get("headers") if isinstance(content, dict) else None
+        named = headers if isinstance(headers, dict) else {}
+        letter = {"message": content, "queue": "trials", "routing_key": "trials", "exchange": ""}
+        letter |= {"task": named.get("task"), "id": named.get("id"), "reason": "a trial"}
+        entries.append(json.dumps({**letter, "deliveries": RUNS, "time": 1.8e9 + number}))
+        redis.admin.lpush("q:dead-letter", entries[-1])
+    return entries
+
+
+def message(name: str) -> dict[str, Any]:
+    headers = {"task": "trials.say", "id": name, "losses": 3}
+    return {"body": "", "headers": headers, "properties": {"delivery_info": {"routing_key": "trials"}}}
+
+
+def dead_letters(*words: str) -> tuple[int, list[str], str]:
+    done = python("-m", "hothouse_celery", "dead-letters", *words)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode, done.stdout.splitlines(), done.stderr
+
+
+def test_letters_without_an_id_or_a_message_are_listed_and_dropped_alone(operator: Redis) -> None:
+    without_id = message("")
+    del without_id["headers"]["id"]
+    bury(operator, *UNREADABLE, without_id, message("sound"), message("5\n5"))
+    raw = redis.Redis.from_url(operator.admin_url)
+    raw.lpush("q:dead-letter", b"no entry \xff\n", b"[]", b'{"id": 5, "time": "then", "queue": ["a"]}')
+    before = operator.admin.llen("q:dead-letter")
+    code, lines, _ = dead_letters()
+    names = [line.split()[0] for line in lines]
+    assert (code, len(lines), len(set(names))) == (0, before, before)
+    assert [json.loads(line)["id"] for line in dead_letters("--json")[1]] == names
+    names.remove("sound")
+    assert all(re.fullmatch("[0-9a-f]{12}", name) for name in names)
+    assert dead_letters("--drop", "sound") == (0, ["sound"], "")
+    for count, name in enumerate(names, 1):
+        assert dead_letters("--drop", name) == (0, [name], "")
+        assert raw.llen("q:dead-letter") == before - 1 - count
+
+
+def test_what_cannot_be_put_back_is_named_and_does_not_stop_the_others(operator: Redis) -> None:
+    first, *_, last = bury(operator, message("first"), *UNREADABLE, message("last"))
+    nowhere = json.loads(first) | {"id": "nowhere", "queue": "\udcff"}
+    no_list = json.loads(first) | {"id": "no-list", "queue": "unacked"}
+    operator.admin.hset("q:unacked", "tag", "message")
+    operator.admin.rpush("q:dead-letter", json.dumps(nowhere), json.dumps(no_list))
+    kept = set(operator.admin.lrange("q:dead-letter", 0, -1)) - {first, last}
+    code, settled, told = dead_letters("--requeue", "--all")
+    assert (code, settled) == (1, ["first", "last"])
+    assert len(told.splitlines()) == len(kept) == len(UNREADABLE) + 2
+    assert "nowhere: it names no queue" in told and "no-list: " in told and "cannot be read" in told
+    assert set(operator.admin.lrange("q:dead-letter", 0, -1)) == kept
+    queued = [json.loads(entry) for entry in reversed(operator.admin.lrange("q:trials", 0, -1))]
+    assert [(entry["headers"]["id"], "losses" in entry["headers"]) for entry in queued] == [
+        ("first", False),
+        ("last", False),
+    ]
+    assert dead_letters("--requeue", "nowhere", "nobody")[0] == 1
+
+
+def test_what_several_put_back_at_once_is_in_its_queue_once(operator: Redis) -> None:
+    names = [f"task-{number}" for number in range(400)]
+    bury(operator, *map(message, names))
+    with ThreadPoolExecutor(4) as pool:
+        done = list(pool.map(lambda _: dead_letters("--requeue", "--all"), range(4)))
+    queued = [json.loads(entry)["headers"]["id"] for entry in operator.admin.lrange("q:trials", 0, -1)]
+    assert sorted(queued) == sorted(names) == sorted(name for _, settled, _ in done for name in settled)
+    assert not operator.admin.exists("q:dead-letter")
+    print("settled by each:", [len(settled) for _, settled, _ in done])
+
+
+def test_who_ends_while_putting_a_letter_back_leaves_it(operator: Redis) -> None:
+    bury(operator, message("left"))
+    settle = "print(list(dead.settle(app, [], True)))"
+    halfway = (
+        "import os; from hothouse_celery import app, dead; exchange = dead.exchange\n"
+        f"dead.exchange = lambda *words: exchange(*words) and os._exit(7)\n{settle}"
+    )
+    assert python("-c", halfway).returncode == 7
+    assert (operator.admin.llen("q:dead-letter"), operator.admin.llen("q:trials")) == (1, 0)
+    for action in ("--requeue", "--drop"):
+        code, settled, told = dead_letters(action, "left")
+        assert (code, settled) == (1, []) and "left: somebody else is putting it back" in told
+    later = f"from hothouse_celery import app, dead; dead.HELD_SECONDS = 0\n{settle}"
+    assert python("-c", later).stdout == "[('left', '')]\n"
+    assert (operator.admin.llen("q:dead-letter"), operator.admin.llen("q:trials")) == (0, 1)
+
+
 class Manager:
     """What systemd hears from a unit of Type=notify."""
 
@@ -165,7 +282,9 @@ def words(pool: str = "prefork") -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("pool", "own_transport"), [("prefork", True), ("threads", True), ("prefork", False)], ids=str
+    ("pool", "own_transport"),
+    [("prefork", True), ("threads", True), ("solo", True), ("prefork", False)],
+    ids=str,
 )
 def test_a_worker_whose_consumer_hangs_has_itself_restarted(
     shim: Redis, manager: Manager, tmp_path: Path, pool: str, own_transport: bool
@@ -179,6 +298,25 @@ def test_a_worker_whose_consumer_hangs_has_itself_restarted(
         told = wait_until(lambda: manager.said("WATCHDOG=trigger"), 2 * manager.seconds)
     assert manager.seconds / 2 < told - began < manager.seconds * 1.5
     assert "takes no tasks and has to be restarted" in (tmp_path / "worker.log").read_text()
+
+
+@pytest.mark.parametrize("own_transport", [True, False], ids=str)
+def test_a_task_that_is_long_and_runs_in_the_consumer_does_not_have_it_restarted(
+    shim: Redis, tmp_path: Path, own_transport: bool
+) -> None:
+    settings = tmp_path / "celery.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"hothouse_transport": own_transport}))
+    manager = Manager(tmp_path, 4)
+    with celery(tmp_path / "worker.log", *words("solo"), **manager.environment):
+        wait_until(lambda: manager.said("WATCHDOG=1"))
+        send(("hang", []))  # this pool knows no time limits
+        wait_until(lambda: "event=received" in (tmp_path / "worker.log").read_text())
+        began = time.monotonic()
+        while time.monotonic() < began + 3 * manager.seconds:
+            wait_until(lambda: manager.said("WATCHDOG=1", time.monotonic() - 1), manager.seconds * 0.7)
+    assert not manager.said("WATCHDOG=trigger")
+    assert "event=succeeded" not in (tmp_path / "worker.log").read_text()
+    assert "takes no tasks" not in (tmp_path / "worker.log").read_text()
 
 
 @pytest.mark.parametrize("pool", ["prefork", "threads"])

@@ -107,17 +107,38 @@ def list_letters(as_json: bool) -> int:
 
 def describe(letter: dict[str, Any]) -> str:
     """A dead letter in one line; why, and what it was called with, are for --json."""
-    buried = datetime.fromtimestamp(letter["time"], UTC).isoformat(sep=" ", timespec="seconds")
-    return f"{letter['id']} {buried} {letter['task']} queue={letter['queue']} runs={letter['deliveries']}"
+    try:
+        buried = datetime.fromtimestamp(letter["time"], UTC).isoformat(sep=" ", timespec="seconds")
+    except (TypeError, ValueError, OverflowError, OSError):
+        buried = "-"
+    task, queue, runs = (word(letter[name]) for name in ("task", "queue", "deliveries"))
+    return f"{letter['id']} {buried} {task} queue={queue} runs={runs}"
+
+
+def word(value: Any) -> str:
+    """A value of a letter, which may be anything, within a line."""
+    text = "-" if value is None else str(value)
+    return text if text.isprintable() else json.dumps(text)
 
 
 def settle_letters(ids: list[str], requeue: bool) -> int:
-    """Put dead letters back, or drop them: those with these ids, without any all. Print the ids of those it was."""
-    settled = dead.settle(app, ids, requeue)
-    print("\n".join(settled) or "there is none")
-    for missing in sorted(set(ids) - set(settled)):
+    """Put dead letters back, or drop them: those with these ids, without any all. Print the ids of those it was.
+
+    1 if one of them stays a dead letter, or is none.
+    """
+    seen, failed = set(), False
+    for name, trouble in dead.settle(app, ids, requeue):
+        seen.add(name)
+        if trouble:
+            failed = True
+            print(f"{name}: {trouble}", file=sys.stderr, flush=True)
+        else:
+            print(name, flush=True)
+    if not seen:
+        print("there is none")
+    for missing in sorted(set(ids) - seen):
         print(f"no dead letter has the id {missing}", file=sys.stderr)
-    return 1 if set(ids) - set(settled) else 0
+    return 1 if failed or set(ids) - seen else 0
 
 
 if __name__ == "__main__":

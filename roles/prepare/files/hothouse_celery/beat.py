@@ -63,6 +63,8 @@ class Scheduler(RedBeatScheduler):
         self.host = socket.gethostname()
         self.leading = False
         self.trouble = ""
+        # What this process published last, for each entry: its slot, also if nobody could note that in Redis.
+        self.sent: dict[str, str] = {}
         super().__init__(app, **options)
         # Without a key of the lock RedBeat leaves it to this class.
         self.lock_name, self.lock_key = self.lock_key, None
@@ -111,7 +113,10 @@ class Scheduler(RedBeatScheduler):
         return float(pause)
 
     def apply_async(self, entry: Any, producer: Any = None, advance: bool = True, **options: Any) -> Any:
-        """Send an entry that is due, unless somebody else does. Only then is it noted in the entry."""
+        """Send an entry that is due, unless somebody else does. Only then is it noted in the entry.
+
+        What this process has sent and could not note, as in the midst of a failover, it only notes at the next try.
+        """
         redis = get_redis(self.app)
         meta = redis.hget(entry.key, "meta") or ""
         if RedBeatSchedulerEntry.decode_meta(meta)["last_run_at"] != entry.last_run_at:
@@ -120,7 +125,8 @@ class Scheduler(RedBeatScheduler):
         key = f"{self.app.redbeat_conf.key_prefix}slot:{slot}"
         claim = self.run(CLAIM, [key, entry.key], meta, self.token, CLAIM_SECONDS)
         result = None
-        if claim == "claimed":
+        sent = self.sent.get(entry.name) == slot
+        if claim == "claimed" and not sent:
             logger.info("Scheduler: Sending due task %s (%s)", entry.name, entry.task)
             entry.options = {"task_id": slot, **entry.options}
             try:
@@ -128,8 +134,12 @@ class Scheduler(RedBeatScheduler):
             except Exception:
                 self.run(RELEASE, [key], self.token)
                 raise
+            self.sent[entry.name] = slot
+            sent = True
+        if sent and claim in ("claimed", self.token):
             redis.set(key, "served", ex=SERVED_SECONDS)
-        if claim in ("claimed", "served"):
+            claim = "served"
+        if claim == "served":
             self.reserve(entry)
         return result
 

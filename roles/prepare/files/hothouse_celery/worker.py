@@ -12,6 +12,7 @@ import celery.worker.request
 import hothouse_transport
 from billiard.einfo import ExceptionInfo, ExceptionWithTraceback
 from celery.bootsteps import RUN
+from celery.concurrency import solo
 from celery.exceptions import WorkerLostError
 from celery.utils.log import get_logger
 from celery.worker import state
@@ -119,11 +120,11 @@ def keep_watch(worker: Any, seconds: float) -> None:
 
     Only a worker that takes nothing although Redis answers to others would gain by a restart. Deaf is who has been so
     for half of the watchdog's time, `seconds`; after another third of it systemd is told to restart the worker at once.
-    A process that hangs as a whole tells nothing.
+    A process that hangs as a whole tells nothing. One that is busy with a task instead of its loop is not deaf.
     """
     deaf_since = None
     while worker.blueprint.state == RUN:
-        reason = hothouse_transport.health.stale(seconds / 2)
+        reason = None if runs_inline(worker) else hothouse_transport.health.stale(seconds / 2)
         if not reason or not redis_answers():
             deaf_since = None
             notify_systemd("WATCHDOG=1")
@@ -136,6 +137,11 @@ def keep_watch(worker: Any, seconds: float) -> None:
         time.sleep(seconds / 10)
     # From here on the unit's TimeoutStopSec= counts, and no longer the watchdog.
     notify_systemd("STOPPING=1")
+
+
+def runs_inline(worker: Any) -> bool:
+    """Whether a task runs now in the thread that consumes, which the loop waits for: only the pool `solo` does that."""
+    return isinstance(worker.pool, solo.TaskPool) and bool(state.active_requests)
 
 
 def redis_answers() -> bool:
