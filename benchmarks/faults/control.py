@@ -11,11 +11,16 @@ from hosts import Hosts, wait
 UNIT = "fault-control.service"
 QUEUE = "fault-control"
 FIRST, COUNT = 30_000_000, 400
-SETTINGS = {
-    "broker_transport_options": {"global_keyprefix": "q:"},
-    "task_default_queue": QUEUE,
-    "imports": ["hothouse_faults"],
-}
+# An application as a tutorial has it: nothing is set but where the broker is.
+APPLICATION = f"""
+import os
+from pathlib import Path
+from celery import Celery
+app = Celery("control", broker=Path(os.environ["CREDENTIALS_DIRECTORY"], "broker_url").read_text().strip())
+app.conf.update(
+    broker_transport_options={{"global_keyprefix": "q:"}}, task_default_queue="{QUEUE}", imports=["hothouse_faults"]
+)
+"""
 # Publishes tasks: a JSON list of arguments on standard input, the task's name and the queue as arguments.
 PUBLISH = """
 import json, sys
@@ -35,14 +40,14 @@ def publish(hosts: Hosts, task: str, arguments: list[list[object]], queue: str =
 def run(hosts: Hosts, tasks: Tasks, kills: int) -> int:
     """Kill a stock worker `kills` times while it works; the number of tasks that are gone for good."""
     host = hosts.groups["worker"][0]
+    hosts.run(host, f"mkdir -p /run/fault && cat >/run/fault/control.py <<'END'{APPLICATION}END")
     hosts.run(
         host,
-        f"printf '%s' '{json.dumps(SETTINGS)}' >/run/fault-control.json && systemd-run --quiet --unit {UNIT} "
-        "--property=User=hothouse --property=Restart=always --property=RestartSec=0 --property=StartLimitIntervalSec=0 "
+        f"systemd-run --quiet --unit {UNIT} --property=User=hothouse --property=Restart=always --property=RestartSec=0 "
+        "--property=StartLimitIntervalSec=0 --property=EnvironmentFile=/etc/hothouse/app.env "
         "--property=LoadCredential=broker_url:/etc/hothouse/credentials/worker_broker_url "
-        "--property=EnvironmentFile=/etc/hothouse/app.env --setenv=HOTHOUSE_SETTINGS=/run/fault-control.json "
-        "--setenv=PYTHONPATH=/opt/hothouse/lib /opt/hothouse/app/current/bin/celery --app hothouse_celery "
-        f"worker --queues {QUEUE} --concurrency 4 --without-gossip --without-mingle --hostname control@fault",
+        "--setenv=PYTHONPATH=/run/fault:/opt/hothouse/lib /opt/hothouse/app/current/bin/celery --app control "
+        "worker --concurrency 4 --without-gossip --without-mingle --hostname control@fault",
     )
     numbers = range(FIRST, FIRST + COUNT)
     try:
@@ -61,7 +66,7 @@ def run(hosts: Hosts, tasks: Tasks, kills: int) -> int:
         while last != (last := len([n for n in numbers if n in tasks.ends])):
             time.sleep(3)
     finally:
-        hosts.run(host, f"systemctl stop {UNIT}; rm -f /run/fault-control.json", check=False)
+        hosts.run(host, f"systemctl stop {UNIT}; rm -f /run/fault/control.py", check=False)
     return COUNT - len([n for n in numbers if n in tasks.ends])
 
 
