@@ -8,8 +8,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 import redis
@@ -406,6 +408,54 @@ def test_a_message_without_a_tag_is_taken(server: Server, connect: Callable[...,
     assert not server.admin.exists("q:unacked", "q:unacked_index")
 
 
+def test_typed_headers_arrive_as_they_were_sent(connect: Callable[..., Any]) -> None:
+    connection = connect()
+    headers = {"at": datetime(2030, 5, 1, tzinfo=UTC), "id": uuid4(), "raw": b"bytes"}
+    put(connection, "one", "a", headers=headers)
+    _, got = consume(connection, ["one"])
+    drain(connection, lambda: got)
+    assert got[0].headers == headers
+
+
+@pytest.mark.parametrize("tag", ["", "\xff", "\u20ac"])
+def test_a_message_that_came_without_a_fit_tag_is_put_aside_as_well(
+    tag: str, server: Server, connect: Callable[..., Any]
+) -> None:
+    """Its failed deliveries are counted under the tag that it was given, and it keeps no other from coming back."""
+    properties = {"delivery_info": {"exchange": "", "routing_key": "one"}, "delivery_tag": tag}
+    text = json.dumps({"body": "", "headers": {"id": "odd"}, "properties": properties}, ensure_ascii=False)
+    server.admin.rpush("q:one", text.encode("latin-1" if tag == "\xff" else "utf-8"))
+    for vanished in range(4):
+        connection = connect()
+        consumer, got = consume(connection, ["one"])
+        if tag == "\xff" and not vanished:
+            # That is no text at all, so nobody can be given it.
+            drain(connection, server.dead_letters)
+            return
+        drain(connection, lambda got=got: got)
+        consumer.channel.qos.restore_at_shutdown = False
+        connect(visibility_timeout=-1).channel().sweep(10)
+    [letter] = server.dead_letters()
+    assert (letter["id"], letter["deliveries"]) == ("odd", 4)
+    assert not server.admin.exists("q:one", "q:unacked", "q:unacked_index", "q:deliveries")
+
+
+def test_an_overdue_message_that_cannot_be_given_back_keeps_no_other(
+    server: Server, connect: Callable[..., Any]
+) -> None:
+    connection = connect()
+    put(connection, "one", "sound")
+    consumer, got = consume(connection, ["one"])
+    drain(connection, lambda: got)
+    consumer.channel.qos.restore_at_shutdown = False
+    entry = [{"body": "", "headers": {}, "properties": {"delivery_tag": "t"}}, "", "no list"]
+    server.admin.set("q:no list", "text")
+    server.admin.hset("q:unacked", mapping={"t": json.dumps(entry), b"\xff": json.dumps(entry)})
+    server.admin.zadd("q:unacked_index", {"t": 1, b"\xff": 1})
+    connect(visibility_timeout=-1).channel().sweep(10)
+    assert server.admin.llen("q:one") == 1
+
+
 @pytest.mark.parametrize(("taken_by", "given_back_by"), [("redis", "hothouse"), ("hothouse", "redis")])
 def test_either_transport_gives_back_what_the_other_took(
     taken_by: str, given_back_by: str, server: Server, connect: Callable[..., Any]
@@ -529,6 +579,9 @@ def test_what_it_cannot_do_is_refused(options: dict[str, Any], connect: Callable
 def test_other_versions_of_kombu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(hothouse_transport.KNOWN, "kombu", ((5, 8), (5, 9)))
     assert "kombu is 5.7" in str(hothouse_transport.install())
+    monkeypatch.undo()
+    monkeypatch.setattr(hothouse_transport, "version", lambda name: {"kombu": "5.7.0", "redis": "7.1.0"}[name])
+    assert "redis is 7.1.0, and this transport knows versions from 7.2" in str(hothouse_transport.install())
     monkeypatch.undo()
     monkeypatch.delattr("kombu.transport.redis.Channel._brpop_start")
     assert "Channel._brpop_start is not as" in str(hothouse_transport.install())

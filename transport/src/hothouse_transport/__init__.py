@@ -23,7 +23,8 @@ SCHEMES = {"redis": "hothouse", "rediss": "hothouses", "sentinel": "hothouse-sen
 CLASSES = {"hothouse": "Transport", "hothouses": "TLSTransport", "hothouse-sentinel": "SentinelTransport"}
 
 # Versions whose private interface this was written for, from and below.
-KNOWN = {"kombu": ((5, 7), (5, 8)), "redis": ((6, 1), (9,))}
+# Earlier redis-py does not say for which reason Redis refused something.
+KNOWN = {"kombu": ((5, 7), (5, 8)), "redis": ((7, 2), (9,))}
 # What of kombu.transport.redis is extended or called, and the names of the arguments.
 INTERFACE = {
     "Channel": {

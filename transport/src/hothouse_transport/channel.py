@@ -597,11 +597,11 @@ class Channel(stock.Channel):
     def _payload(self, queue: str, tag: str, message: bytes) -> dict[str, Any] | None:
         """The message with the tag under which it was noted; None if it is none, and then a dead letter."""
         try:
-            payload: dict[str, Any] = json.loads(message)
+            payload: dict[str, Any] = stock.loads(message)
             properties = payload.setdefault("properties", {})
             properties.setdefault("delivery_info", {})
             properties["delivery_tag"] = tag
-        except (ValueError, AttributeError, TypeError) as error:
+        except (ValueError, AttributeError, TypeError, RecursionError) as error:
             self._unreadable(tag, queue, error)
             return None
         return payload
@@ -654,12 +654,20 @@ class Channel(stock.Channel):
         """Give back overdue messages; whether there may be more."""
         rows = self.run(OVERDUE, self.books, self.visibility_timeout, limit)
         for tag, score, deliveries, entry in zip(rows[::4], rows[1::4], rows[2::4], rows[3::4], strict=True):
-            failed = int(deliveries) + 1 + losses_of(entry)
-            if self.max_deliveries and failed >= self.max_deliveries:
-                self.bury(tag.decode(), "its consumers vanished", failed, score=score, entry=entry)
-            else:
-                self.give_back(tag.decode(), entry, score=score, failed=failed)
+            try:
+                self._give_back_overdue(tag.decode(), score, int(deliveries), entry)
+            except self.connection_errors:
+                raise
+            except Exception as error:  # whatever is in it must not keep the others
+                logger.error("The overdue message %r cannot be given back, it stays: %r", tag, error)
         return len(rows) // 4 >= limit
+
+    def _give_back_overdue(self, tag: str, score: bytes, deliveries: int, entry: bytes) -> None:
+        failed = deliveries + 1 + losses_of(entry)
+        if self.max_deliveries and failed >= self.max_deliveries:
+            self.bury(tag, "its consumers vanished", failed, score=score, entry=entry)
+        else:
+            self.give_back(tag, entry, score=score, failed=failed)
 
     def give_back(
         self, tag: str, entry: bytes, push: str = "RPUSH", score: bytes = b"", failed: int = 0
@@ -672,6 +680,8 @@ class Channel(stock.Channel):
                 raise LookupError(f"no queue is bound to {exchange!r} with {routing_key!r}")
             message.setdefault("headers", {})["redelivered"] = True
             message["properties"].setdefault("delivery_info", {})["redelivered"] = True
+            # The failed deliveries are counted under it.
+            message["properties"]["delivery_tag"] = tag
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             self.bury(tag, f"cannot be given back: {error!r}", failed, score=score, entry=entry)
             return
@@ -716,8 +726,10 @@ class Channel(stock.Channel):
     def close(self) -> None:
         if not self.closed:
             self._close_fetch()
-        super().close()
-        health.answered(id(self))
+        try:
+            super().close()
+        finally:
+            health.answered(id(self))
 
     def _close_fetch(self) -> None:
         """Take in what Redis may be handing out just now, and hand all back that nobody has seen."""
@@ -802,7 +814,7 @@ def losses_of(entry: bytes) -> int:
     """
     try:
         return int(json.loads(entry)[0]["headers"].get("losses", 0))
-    except (ValueError, TypeError, LookupError, AttributeError):
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError):
         return 0
 
 

@@ -26,8 +26,8 @@ class Script:
 #       for each queue its name in JSON, or nothing if its messages are not acknowledged
 # Returns {number of the queue, tag, message, ...}.
 # The entry in `unacked` is that of kombu's own transport, so either can give back what the other took; its route is the
-# default exchange and the queue's name. A tag that is missing, or in use (a message routed to two queues has the
-# same in both), is replaced by one that is not.
+# default exchange and the queue's name. A tag that is missing, no plain ASCII, or in use (a message routed to two queues
+# has the same in both), is replaced by one that is not.
 FETCH = Script(
     r"""
 local taken, left, found = {}, tonumber(ARGV[1]), true
@@ -40,7 +40,7 @@ while found and left > 0 do
     if message then
       found, left = true, left - 1
       local place = string.find(message, '"delivery_tag"', 1, true)
-      local tag = place and string.match(message, '^: *"([^"\\]+)"', place + 14) or ''
+      local tag = place and string.match(message, '^: *"([\33\35-\91\94-\126]+)"', place + 14) or ''
       local queue = ARGV[i + 1]
       if queue ~= '' then
         if not now then
