@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ KEYS = ["q:trials", "q:dead-letter", "q:unacked", "q:unacked_index", "q:deliveri
 
 @pytest.fixture
 def shim(redis_server: Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Redis]:
-    """The environment of a unit that retries tasks as a deployment does, with empty queues."""
+    """The environment of a unit that runs tasks again as a deployment does, with empty queues."""
     options = {
         "global_keyprefix": "q:",
         "visibility_timeout": 6,
@@ -38,7 +39,7 @@ def shim(redis_server: Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         tmp_path,
         redis_server.admin_url,
         hothouse_transport=True,
-        task_retry_on_worker_lost=True,
+        task_reject_on_worker_lost=True,
         broker_connection_retry_on_startup=True,
         broker_transport_options=options,
     )
@@ -69,14 +70,25 @@ def run(shim: Redis, tmp_path: Path) -> Callable[..., int]:
     return run
 
 
+def set_settings(folder: Path, **settings: Any) -> None:
+    """Change the settings of the unit."""
+    file = folder / "celery.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+
+
+@pytest.mark.parametrize("again", ["reject", "retry"])
 @pytest.mark.parametrize(
     "plan",
     [["child"], ["worker"], ["child", "worker", "child", "worker"], ["worker", "worker", "child"]],
     ids=lambda plan: "-".join(plan),
 )
 def test_what_kills_runs_four_times_and_is_then_put_aside(
-    shim: Redis, run: Callable[..., int], plan: list[str]
+    shim: Redis, run: Callable[..., int], tmp_path: Path, plan: list[str], again: str
 ) -> None:
+    """Also where an application asks Celery for a retry instead, which is a message of its own."""
+    set_settings(
+        tmp_path, task_reject_on_worker_lost=again == "reject", task_retry_on_worker_lost=again == "retry"
+    )
     assert run(plan, lambda: shim.admin.llen("q:dead-letter")) == RUNS
     [letter] = (json.loads(entry) for entry in shim.admin.lrange("q:dead-letter", 0, -1))
     assert (letter["task"], letter["queue"], letter["deliveries"]) == ("trials.kill", "trials", RUNS)
@@ -87,6 +99,82 @@ def test_a_task_that_recovers_is_not_put_aside(shim: Redis, run: Callable[..., i
     log = tmp_path / "worker.log"
     assert run(["child", "child", "child", ""], lambda: "event=succeeded" in log.read_text()) == RUNS
     assert not shim.admin.exists("q:dead-letter", "q:deliveries")
+
+
+def test_a_task_whose_process_was_killed_runs_again_at_once(
+    shim: Redis, run: Callable[..., int], tmp_path: Path
+) -> None:
+    """Celery's own retry would wait for three minutes, the default_retry_delay of tasks."""
+    log = tmp_path / "worker.log"
+    assert run(["child", ""], lambda: "event=succeeded" in log.read_text()) == 2
+    first, second = map(float, (tmp_path / "runs").read_text().split())
+    assert second - first < 3
+
+
+@pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])
+def test_a_redis_that_is_full_costs_no_task_and_no_result(shim: Redis, tmp_path: Path, pool: str) -> None:
+    set_settings(tmp_path, result_backend=shim.admin_url, task_track_started=True)
+    log = tmp_path / "worker.log"
+    with celery(log, *words(pool)) as process:
+        wait_until(lambda: log.exists() and "ready" in log.read_text())
+        # It takes them when Redis is full already.
+        process.send_signal(signal.SIGSTOP)
+        ids = send(*[("nap", [0.5])] * 6)
+        shim.admin.config_set("maxmemory", 1)
+        try:
+            process.send_signal(signal.SIGCONT)
+            refused = "(STARTED) is lost, Redis does not take it"
+            wait_until(lambda: log.read_text().count(refused) >= (1 if pool == "solo" else 2), 20)
+            before = shim.admin.info("errorstats")["errorstat_OOM"]["count"]
+            wait_until(lambda: shim.admin.info("errorstats")["errorstat_OOM"]["count"] > before + 2)
+        finally:
+            shim.admin.config_set("maxmemory", 0)
+        wait_until(lambda: log.read_text().count("event=succeeded") == len(ids), 40)
+        wait_until(lambda: not shim.admin.exists("q:trials", "q:unacked", "q:unacked_index"))
+    results = [json.loads(shim.admin.get(f"celery-task-meta-{name}")) for name in ids]
+    assert [result["result"] for result in results] == ["rested"] * len(ids)
+    shim.admin.delete(*(f"celery-task-meta-{name}" for name in ids))
+
+
+def test_a_result_that_a_full_redis_never_takes_is_given_up(shim: Redis, tmp_path: Path) -> None:
+    set_settings(tmp_path, result_backend=shim.admin_url)
+    code = (
+        "import logging; logging.basicConfig()\n"
+        "from hothouse_celery import app, results; results.PATIENCE_SECONDS = 1\n"
+        "print(app.backend.store_result('some-id', 'value', 'SUCCESS'))"
+    )
+    shim.admin.config_set("maxmemory", 1)
+    try:
+        done = python("-c", code)
+    finally:
+        shim.admin.config_set("maxmemory", 0)
+    assert (done.returncode, done.stdout) == (0, "value\n"), done.stderr
+    assert "The result of some-id (SUCCESS) is lost, Redis does not take it: " in done.stderr
+    shim.admin.execute_command("ACL", "SETUSER", "narrow", "on", ">word", "~q:*", "+@all")
+    set_settings(tmp_path, result_backend=f"redis://narrow:word@127.0.0.1:{shim.port}/0")
+    try:
+        # What does not pass by itself is an error as before.
+        assert "NoPermissionError" in python("-c", code).stderr
+    finally:
+        shim.admin.acl_deluser("narrow")
+        shim.admin.acl_log_reset()
+
+
+@pytest.mark.parametrize("pool", ["threads", "solo"])
+def test_what_fails_around_a_task_does_not_hold_its_message_for_ever(
+    shim: Redis, tmp_path: Path, pool: str
+) -> None:
+    # Results may not be written, which does not pass by itself.
+    shim.admin.execute_command("ACL", "SETUSER", "narrow", "on", ">word", "~q:*", "&*", "+@all")
+    set_settings(tmp_path, result_backend=f"redis://narrow:word@127.0.0.1:{shim.port}/0")
+    log = tmp_path / "worker.log"
+    with celery(log, *words(pool)):
+        send(("say", ["something"]))
+        wait_until(lambda: "event=received" in log.read_text())
+        wait_until(lambda: not shim.admin.exists("q:trials", "q:unacked", "q:unacked_index"))
+    assert "NoPermissionError" in log.read_text()
+    shim.admin.acl_deluser("narrow")
+    shim.admin.acl_log_reset()
 
 
 def test_dead_letters_are_listed_put_back_and_dropped(
@@ -289,8 +377,7 @@ def words(pool: str = "prefork") -> list[str]:
 def test_a_worker_whose_consumer_hangs_has_itself_restarted(
     shim: Redis, manager: Manager, tmp_path: Path, pool: str, own_transport: bool
 ) -> None:
-    settings = tmp_path / "celery.json"
-    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"hothouse_transport": own_transport}))
+    set_settings(tmp_path, hothouse_transport=own_transport)
     with celery(tmp_path / "worker.log", *words(pool), **manager.environment):
         wait_until(lambda: manager.said("WATCHDOG=1"))
         began = time.monotonic()
@@ -304,8 +391,7 @@ def test_a_worker_whose_consumer_hangs_has_itself_restarted(
 def test_a_task_that_is_long_and_runs_in_the_consumer_does_not_have_it_restarted(
     shim: Redis, tmp_path: Path, own_transport: bool
 ) -> None:
-    settings = tmp_path / "celery.json"
-    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"hothouse_transport": own_transport}))
+    set_settings(tmp_path, hothouse_transport=own_transport)
     manager = Manager(tmp_path, 4)
     with celery(tmp_path / "worker.log", *words("solo"), **manager.environment):
         wait_until(lambda: manager.said("WATCHDOG=1"))
@@ -364,3 +450,37 @@ def test_a_worker_that_stops_by_itself_is_not_hurried_by_the_watchdog(
         os.kill(process.pid, 15)
         assert process.wait(20) == 0
     assert manager.said("STOPPING=1")
+
+
+def test_a_soft_shutdown_may_take_longer_than_the_watchdog(shim: Redis, tmp_path: Path) -> None:
+    set_settings(tmp_path, worker_soft_shutdown_timeout=12)
+    manager, log = Manager(tmp_path, 4), tmp_path / "worker.log"
+    with celery(log, *words(), REMAP_SIGTERM="SIGQUIT", **manager.environment) as process:
+        wait_until(lambda: manager.said("WATCHDOG=1"))
+        send(("nap", [60]))
+        wait_until(lambda: "event=received" in log.read_text())
+        os.kill(process.pid, signal.SIGTERM)
+        assert process.wait(40) == 0
+    assert manager.said("STOPPING=1") and not manager.said("WATCHDOG=trigger")
+    # It handed back what it could not finish.
+    assert shim.admin.llen("q:trials") == 1
+
+
+def test_a_loss_that_could_not_be_noted_leaves_the_message_to_the_others(
+    shim: Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Held by a worker that lives, it would never come back."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import redis\nfrom hothouse_celery import dead\nright = dead.client\n"
+        "def client(app):\n"
+        "    dead.client = right\n"
+        "    raise redis.ConnectionError('away for a moment')\n"
+        "dead.client = client\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ['PYTHONPATH']}")
+    runs, log = tmp_path / "runs", tmp_path / "worker.log"
+    send(("kill", [str(runs), ["child", ""]]))
+    with celery(log, *words()):
+        wait_until(lambda: "event=succeeded" in log.read_text(), 30)
+    assert "Could not note that" in log.read_text()
+    assert len(runs.read_text().splitlines()) == 2

@@ -45,7 +45,7 @@ def again(self: Any, text: str) -> float:
     return published
 
 
-@app.task(retry_on_worker_lost=False)
+@app.task(reject_on_worker_lost=False)
 def lose() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -62,6 +62,12 @@ def kill(runs: str, plan: list[str]) -> None:
         os.kill(os.getppid(), signal.SIGKILL)
     if victim:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+@app.task
+def nap(seconds: float) -> str:
+    time.sleep(seconds)
+    return "rested"
 
 
 @app.task(time_limit=1)

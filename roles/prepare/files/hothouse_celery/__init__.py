@@ -94,6 +94,10 @@ def load() -> Celery:
     app = configure(symbol_by_name(target) if target else Celery("hothouse"))
     app.conf.worker_consumer = "hothouse_celery.worker:Consumer"
     Task.Request = "hothouse_celery.worker:Request"
+    app.loader.override_backends = {
+        **app.loader.override_backends,
+        "redis": "hothouse_celery.results:Backend",
+    }
     if target:
         app.task(name=PING_TASK, ignore_result=False, acks_late=False)(ping)
     return app

@@ -126,7 +126,8 @@ class Scheduler(RedBeatScheduler):
         claim = self.run(CLAIM, [key, entry.key], meta, self.token, CLAIM_SECONDS)
         result = None
         sent = self.sent.get(entry.name) == slot
-        if claim == "claimed" and not sent:
+        # Also if the answer to an earlier claim was lost, or it could not be given back.
+        if claim in ("claimed", self.token) and not sent:
             logger.info("Scheduler: Sending due task %s (%s)", entry.name, entry.task)
             entry.options = {"task_id": slot, **entry.options}
             try:

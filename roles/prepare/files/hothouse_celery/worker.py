@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import celery.worker.consumer
@@ -12,7 +13,7 @@ import celery.worker.request
 import hothouse_transport
 from billiard.einfo import ExceptionInfo, ExceptionWithTraceback
 from celery.bootsteps import RUN
-from celery.concurrency import solo
+from celery.concurrency import prefork, solo
 from celery.exceptions import WorkerLostError
 from celery.utils.log import get_logger
 from celery.worker import state
@@ -29,8 +30,29 @@ class PoisonTask(Exception):
     """A task whose processes died each time it was run; it is not run again."""
 
 
+def answering(target: Callable[..., Any]) -> Callable[..., Any]:
+    """What a pool without processes runs: it always answers, or the message would be held for ever.
+
+    Celery's own raises what goes wrong around a task, such as a result that cannot be stored, where nobody hears it.
+    """
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return target(*args, **kwargs)
+        except Exception:
+            return 1, ExceptionInfo(), 0.0
+
+    return run
+
+
 class Consumer(celery.worker.consumer.Consumer):
     """Tries to reach Redis again at least every two seconds, where Celery's would wait for up to 30."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not isinstance(self.pool, prefork.TaskPool):
+            apply = self.pool.on_apply
+            self.pool.on_apply = lambda target, *rest, **options: apply(answering(target), *rest, **options)
 
     def ensure_connected(self, conn: Any) -> Any:
         ensure = conn.ensure_connection
@@ -66,11 +88,20 @@ class Request(celery.worker.request.Request):
             try:
                 exc_info = self.count(exc_info)
             except (RedisError, OperationalError) as error:
-                # Redis is away. The message stays with it, and hothouse_transport counts this run as it gives it back.
+                # Redis is away. The message stays with it, and hothouse_transport counts this run as it gives it back,
+                # which it does only when nobody says any more that this worker holds it.
                 logger.error("Could not note that %s[%s] lost its process: %r", self.name, self.id, error)
                 task_ready(self)
+                self.let_go()
                 return None
         return super().on_failure(exc_info, send_failed_event=send_failed_event, return_ok=return_ok)
+
+    def let_go(self) -> None:
+        """Renew the hold on the message no longer. kombu's own transport never does."""
+        qos = self._message.channel.qos
+        if hasattr(qos, "let_go"):
+            with qos.let_go(self._message.delivery_tag):
+                pass
 
     def again(self) -> bool:
         """Whether Celery would run the task again."""
@@ -112,10 +143,21 @@ def watch(worker: Any) -> None:
     """Let systemd's watchdog see whether this worker takes tasks, if its unit asks for that (WatchdogSec=)."""
     if "WATCHDOG_USEC" in os.environ:
         seconds = int(os.environ["WATCHDOG_USEC"]) / 1e6
-        threading.Thread(target=keep_watch, args=(worker, seconds), name="watchdog", daemon=True).start()
+        stopping = threading.Event()
+        wait = worker.wait_for_soft_shutdown
+
+        def wait_for_soft_shutdown() -> Any:
+            """It waits in the handler of a signal, where the loop stands still."""
+            stopping.set()
+            notify_systemd("STOPPING=1")
+            return wait()
+
+        worker.wait_for_soft_shutdown = wait_for_soft_shutdown
+        arguments = (worker, seconds, stopping)
+        threading.Thread(target=keep_watch, args=arguments, name="watchdog", daemon=True).start()
 
 
-def keep_watch(worker: Any, seconds: float) -> None:
+def keep_watch(worker: Any, seconds: float, stopping: threading.Event) -> None:
     """Tell systemd every few seconds that the worker is alive: that it is not deaf, or that Redis is away.
 
     Only a worker that takes nothing although Redis answers to others would gain by a restart. Deaf is who has been so
@@ -123,7 +165,7 @@ def keep_watch(worker: Any, seconds: float) -> None:
     A process that hangs as a whole tells nothing. One that is busy with a task instead of its loop is not deaf.
     """
     deaf_since = None
-    while worker.blueprint.state == RUN:
+    while worker.blueprint.state == RUN and not stopping.is_set():
         reason = None if runs_inline(worker) else hothouse_transport.health.stale(seconds / 2)
         if not reason or not redis_answers():
             deaf_since = None
@@ -134,7 +176,7 @@ def keep_watch(worker: Any, seconds: float) -> None:
         elif time.monotonic() - deaf_since > seconds / 3:
             logger.critical("This worker takes no tasks and has to be restarted: %s", reason)
             notify_systemd("WATCHDOG=trigger")
-        time.sleep(seconds / 10)
+        stopping.wait(seconds / 10)
     # From here on the unit's TimeoutStopSec= counts, and no longer the watchdog.
     notify_systemd("STOPPING=1")
 
