@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from conftest import DROP, MailServer, campaign_of, forget_settings, run_until_finished
+from conftest import DROP, MailServer, Redis, campaign_of, forget_settings, run_until_finished
 
 from campaigns import cli, store
 from campaigns.store import Ledger
@@ -115,6 +115,7 @@ def test_a_template_that_fails_for_one_recipient_is_refused_with_the_line(
         ("2100-01-01T00:00", "add the zone"),
         ("2100-01-01", "add the zone"),
         ("tomorrow", "not ISO 8601"),
+        ("9999-12-31T23:59-02:00", "there is no such time in UTC"),
     ],
 )
 def test_a_time_that_is_past_or_unclear_is_refused(book: Ledger, at: str, text: str) -> None:
@@ -269,7 +270,28 @@ def test_a_finished_campaign_cannot_be_cancelled(book: Ledger, celery: Any, mail
     refused(run("cancel", campaign.id), "is finished")
 
 
-@pytest.mark.parametrize("command", ["show", "cancel", "resolve --sent"])
+def test_delete_forgets_what_is_over(
+    book: Ledger, redis_server: Redis, celery: Any, mail_server: MailServer, in_doubt: str
+) -> None:
+    refused(run("delete", in_doubt), f"{in_doubt} has ambiguous recipients", "campaigns resolve")
+    run("resolve", in_doubt, "--resend")
+    refused(run("delete", in_doubt), f"{in_doubt} is sending and not over yet", "campaigns cancel")
+    run_until_finished(celery, book, in_doubt)
+    kept, stopped = campaign_of(book, 1), campaign_of(book, 2)
+    run("cancel", stopped.id)
+    run_until_finished(celery, book, stopped.id)
+    result = run("delete", in_doubt, stopped.id)
+    assert result.stdout == f"{in_doubt} is deleted\n{stopped.id} is deleted\n"
+    assert book.ids() == [kept.id]
+    left = redis_server.admin.keys("app:*")
+    assert [key for key in left if in_doubt in key or stopped.id in key] == []
+    refused(run("delete", in_doubt), f"no campaign {in_doubt}")
+    # A repeated call answers the same.
+    assert book.delete(in_doubt) is None
+    assert redis_server.admin.keys("app:*") == left
+
+
+@pytest.mark.parametrize("command", ["show", "cancel", "resolve --sent", "delete"])
 def test_an_unknown_campaign_is_refused(book: Ledger, command: str) -> None:
     refused(run(*command.split(), "nope"), "no campaign nope")
 

@@ -242,6 +242,21 @@ def cancel(campaign_id: str) -> None:
     click.echo(f"{campaign_id} is cancelled: {counts['cancelled']} not sent, {counts['sent']} sent before")
 
 
+@main.command()
+@click.argument("campaign_ids", nargs=-1, required=True, metavar="CAMPAIGN_ID...")
+def delete(campaign_ids: tuple[str, ...]) -> None:
+    """Forget campaigns that are over, with what became of their recipients. Nothing is forgotten by itself."""
+    book = ledger()
+    for campaign_id in campaign_ids:
+        book.campaign(campaign_id)
+        kept = book.delete(campaign_id)
+        if kept == "ambiguous":
+            raise Refusal(f"{campaign_id} has ambiguous recipients: `campaigns resolve` them first")
+        if kept:
+            raise Refusal(f"{campaign_id} is {kept} and not over yet: wait, or `campaigns cancel` it first")
+        click.echo(f"{campaign_id} is deleted")
+
+
 def _in_doubt(campaign: Campaign, records: list[Record], addresses: tuple[str, ...]) -> list[int]:
     """The numbers of the ambiguous recipients with these addresses, of all without any."""
     if not addresses:
@@ -268,9 +283,13 @@ def _send_at(at: str | None) -> datetime | None:
     if moment.tzinfo is None:
         raise Refusal(f"--at {at}: add the zone, for example 2030-05-01T09:00Z or 2030-05-01T09:00+02:00")
     now = datetime.now(UTC)
+    try:
+        moment = moment.astimezone(UTC)
+    except OverflowError as error:
+        raise Refusal(f"--at {at}: there is no such time in UTC, years are 1 to 9999") from error
     if moment < now:
         raise Refusal(f"--at {at} is in the past, it is {now:%Y-%m-%dT%H:%MZ}: leave --at out to send now")
-    return moment.astimezone(UTC)
+    return moment
 
 
 def _render_all(template: Template, people: list[recipients.Recipient]) -> None:

@@ -366,6 +366,22 @@ function operations.finish()
   return 1
 end
 
+-- Forgets a campaign that is closed and in nobody's doubt; `...` are the states. Answers what keeps it, nothing if it is
+-- gone.
+function operations.delete(...)
+  if not get('finished_at') then
+    return get('state')
+  end
+  if redis.call('EXISTS', key('ambiguous')) == 1 then
+    return 'ambiguous'
+  end
+  redis.call('ZREM', index, id)
+  for _, part in ipairs({'recipients', 'attempts', 'owners', 'replies', 'batches', 'resent', ...}) do
+    redis.call('DEL', key(part))
+  end
+  redis.call('DEL', campaign)
+end
+
 local answer = operations[ARGV[1]](unpack(ARGV, 3))
 if ARGV[2] == 'confirm' and redis.call('EXISTS', campaign) == 1 then
   -- From Redis 7.2 on WAIT waits for this connection's own writes alone, and a repeated call has none.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import lzma
 import tarfile
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from email.headerregistry import Address, BaseHeader, HeaderRegistry, UniqueUnstructuredHeader
@@ -100,7 +102,7 @@ def from_bundle(data: bytes) -> tuple[Template, bytes]:
                     raise MessageError(f"{name} in the bundle is larger than {MAX_FILE // 2**20} MiB")
                 file = archive.extractfile(member)
                 contents[name] = file.read() if file else b""
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except (tarfile.TarError, EOFError, OSError, lzma.LZMAError, zlib.error) as error:
         raise MessageError(f"the bundle is not a tar archive: {error}") from error
     if "recipients.csv" not in contents:
         raise MessageError("the bundle holds no recipients.csv")
@@ -114,9 +116,10 @@ def check(template: Template, columns: Iterable[str]) -> None:
         where, source = FILES[field.name], getattr(template, field.name)
         try:
             tree = _text.parse(source)
+            # It compiles the template, and so finds unknown filters and tests as well.
+            unknown = meta.find_undeclared_variables(tree) - set(known)
         except TemplateSyntaxError as error:
             raise MessageError(f"{where}, line {error.lineno}: {error.message}") from error
-        unknown = meta.find_undeclared_variables(tree) - set(known)
         for node in tree.find_all(nodes.Name):
             if node.name in unknown:
                 has = ", ".join(known)

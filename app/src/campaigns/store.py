@@ -291,7 +291,9 @@ class Ledger:
         scores = self._ask(ask) if numbers else []
         rows = [scores[start : start + len(STATES)] for start in range(0, len(scores), len(STATES))]
         states = [
-            next(state for state, at in zip(STATES, row, strict=True) if at is not None) for row in rows
+            # Between two of the questions it may have moved, which only open ones do.
+            next((state for state, at in zip(STATES, row, strict=True) if at is not None), "pending")
+            for row in rows
         ]
         return self._records(campaign_id, numbers, states)
 
@@ -345,6 +347,11 @@ class Ledger:
     def finish(self, campaign_id: str) -> bool:
         """Write a campaign's finishing time; False if it is open or was finished before."""
         return bool(self._call(campaign_id, "finish"))
+
+    def delete(self, campaign_id: str) -> str | None:
+        """Forget a campaign and its recipients; the state or the doubt that forbids it, None when it is gone."""
+        kept = self._call(campaign_id, "delete", *STATES, confirm=True)
+        return str(kept) if kept else None
 
     def open(self, campaign_id: str) -> bool:
         """Whether any recipient may still change without anybody's decision."""
