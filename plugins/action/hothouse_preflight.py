@@ -27,6 +27,16 @@ NEEDED_PACKAGES = {
 }
 
 
+# What several nouns have to agree on. Set for one group alone, it would hold on half of the way.
+COMMON_VARIABLES = (
+    "app_queues",
+    "app_visibility_timeout_seconds",
+    "monitor_app_gauges",
+    "nginx_server_name",
+    "redis_port",
+    "redis_sentinel_port",
+)
+
 # Variables of the whole environment, which belong to no role.
 ENVIRONMENT_VARIABLES = (
     "credentials_ca_file",
@@ -80,6 +90,20 @@ def check_groups(
             "hosts.yml of the inventory",
             f"name {' or '.join(str(number) for number in (count - 1, count + 1))} hosts under `redis:`",
         )
+    for host in sorted({*groups.get("worker", []), *groups.get("beat", [])} - {*groups.get("app", [])}):
+        problems.add(
+            f"the host `{host}` is to run a worker or beat, but is not in the group `app`: it would have no application",
+            "hosts.yml of the inventory",
+            "make `worker` and `beat` children of `app`",
+        )
+    for group in ("mail", "monitor"):
+        near = difflib.get_close_matches(group, {*groups} - nouns, n=1, cutoff=0.7)
+        if near and not groups.get(group):
+            problems.add(
+                f"the group `{near[0]}` means nothing, and `{group}` has no host",
+                "hosts.yml of the inventory",
+                f"rename it to `{group}` if that is what it is meant to be, or to something less like it",
+            )
     for group in ("flower", "monitor"):
         if len(groups.get(group, [])) > 1:
             problems.add(
@@ -172,17 +196,41 @@ def check_times(problems: Problems, values: dict[str, Any], where: dict[str, str
         )
 
 
-def check_address(problems: Problems, host: str, address: str, where: dict[str, str]) -> None:
-    """Services bind their host's address and units allow others': a name or IPv6 does not do there."""
-    try:
-        ipaddress.IPv4Address(address)
-    except ValueError:
+def check_addresses(problems: Problems, addresses: dict[str, str], where: dict[str, str]) -> None:
+    """Services bind their host's address, and firewalls let in others'. addresses: host → its private_address."""
+    first: dict[str, str] = {}
+    for host, text in addresses.items():
+        try:
+            address = ipaddress.IPv4Address(text)
+        except ValueError:
+            fault = "which is no IPv4 address"
+        else:
+            if address.is_loopback or address.is_unspecified or address.is_multicast:
+                fault = "under which no other host reaches it"
+            elif text in first:
+                fault = f"which `{first[text]}` has too"
+            else:
+                first[text] = host
+                continue
         problems.add(
-            f"the private_address of `{host}` is {address}, which is no IPv4 address",
+            f"the private_address of `{host}` is {text}, {fault}",
             where.get(
                 "private_address", "private_address is ansible_host unless set; hosts.yml of the inventory"
             ),
             f"set private_address of `{host}` to the IPv4 address under which the other hosts reach it",
+        )
+
+
+def check_common(problems: Problems, name: str, values: dict[str, Any], where: dict[str, str]) -> None:
+    """All hosts have the same value of a variable. values: host → its value."""
+    said = {host: "not set" if value is None else repr(value) for host, value in values.items()}
+    host = next(iter(said))
+    other = next((other for other in said if said[other] != said[host]), None)
+    if other:
+        problems.add(
+            f"{name} is {said[host]} for `{host}`, but {said[other]} for `{other}`; all hosts have to agree on it",
+            where.get(name, "group_vars"),
+            "set it once, in group_vars/all",
         )
 
 
@@ -206,6 +254,13 @@ def check_firewall(problems: Problems, values: Mapping[str, Any], where: dict[st
     rules = values["prepare_firewall_rules"]
     networks = [("prepare_ssh_addresses", text) for text in values["prepare_ssh_addresses"]]
     networks += [("prepare_firewall_rules", text) for rule in rules for text in rule.get("from") or []]
+    for rule in rules:
+        if "from" in rule and not rule["from"]:
+            problems.add(
+                f"prepare_firewall_rules: the rule for port {rule['port']} is from nobody, which would let in everybody",
+                where.get("prepare_firewall_rules", "group_vars"),
+                "name addresses, drop the rule, or leave `from` out if anybody may come",
+            )
     for name, text in networks:
         if not is_network(text):
             problems.add(
@@ -584,9 +639,15 @@ class ActionModule(ActionBase):
         self, problems: Problems, groups: dict[str, list[str]], hostvars: Any, where: dict[str, str]
     ) -> None:
         """What only shows when variables are held against each other."""
-        addresses = groups["all"] if len(groups["all"]) > 1 else []
-        for host in addresses:
-            check_address(problems, host, str(self._variables(hostvars, host)["private_address"]), where)
+        everywhere = {host: self._variables(hostvars, host) for host in groups["all"]}
+        if len(everywhere) > 1:
+            addresses = {host: str(values["private_address"]) for host, values in everywhere.items()}
+            check_addresses(problems, addresses, where)
+        # Of several nginx hosts with certificates from an ACME server each has a name of its own.
+        own_names = [host for host in groups["nginx"][1:] if everywhere[host].get("nginx_tls") == "acme"]
+        for name in COMMON_VARIABLES:
+            hosts = [host for host in everywhere if name != "nginx_server_name" or host not in own_names]
+            check_common(problems, name, {host: everywhere[host].get(name) for host in hosts}, where)
         prepare = self._defaults("prepare")
         for host in groups["all"]:
             variables = self._variables(hostvars, host)

@@ -150,6 +150,55 @@ def test_an_address_that_services_cannot_bind_is_refused(tmp_path: Path, address
     assert "2. " not in message.partition("nothing was touched.")[2]
 
 
+@pytest.mark.parametrize(
+    ("address", "fault"),
+    [
+        ("198.51.100.11", "which `redis1` has too"),
+        ("127.0.0.1", "under which no other host reaches it"),
+        ("0.0.0.0", "under which no other host reaches it"),
+    ],
+)
+def test_an_address_that_is_not_the_hosts_alone_is_refused(tmp_path: Path, address: str, fault: str) -> None:
+    inventory = Inventory(tmp_path / "inventories", "prod")
+    document = yaml.safe_load((inventory.path / "hosts.yml").read_text())
+    document["all"]["hosts"]["redis2"]["private_address"] = address
+    (inventory.path / "hosts.yml").write_text(yaml.safe_dump(document))
+    assert f"the private_address of `redis2` is {address}, {fault}" in inventory.refusal()
+
+
+@pytest.mark.parametrize(
+    ("group", "values", "said"),
+    [
+        ("nginx", {"nginx_server_name": "x.example.com"}, "'ops.example.com' for `redis1`, but 'x.example.com' for"),
+        ("redis", {"redis_port": 6380}, "redis_port is 6380 for `redis1`, but 6379 for `worker1`"),
+        ("app", {"app_visibility_timeout_seconds": 3600}, "is not set for `redis1`, but 3600 for `worker1`"),
+    ],
+)  # fmt: skip
+def test_what_all_hosts_have_to_agree_on_is_not_set_for_one_group(
+    tmp_path: Path, group: str, values: dict[str, Any], said: str
+) -> None:
+    inventory = Inventory(tmp_path / "inventories", "prod")
+    (inventory.path / f"group_vars/{group}.yml").write_text(yaml.safe_dump(values))
+    message = inventory.refusal()
+    assert said in message and "set it once, in group_vars/all" in message
+
+
+def test_a_worker_without_the_application_is_refused(tmp_path: Path) -> None:
+    inventory = Inventory(tmp_path / "inventories", "prod")
+    inventory.group("app", {"hosts": {"worker1": {}}})
+    inventory.group("worker", {"hosts": {"worker1": {}, "worker2": {}}})
+    inventory.group("beat", {"hosts": {"worker1": {}}})
+    message = inventory.refusal()
+    assert "the host `worker2` is to run a worker or beat, but is not in the group `app`" in message
+    assert "make `worker` and `beat` children of `app`" in message
+
+
+def test_a_misspelled_group_is_not_taken_for_none(inventory: Inventory) -> None:
+    inventory.group("moniter", {"hosts": {"staging1": {}}})
+    message = inventory.refusal()
+    assert "the group `moniter` means nothing, and `monitor` has no host" in message
+
+
 def test_a_misspelled_variable_of_the_environment_is_refused(inventory: Inventory) -> None:
     """It would turn off the demand for encrypted credentials in silence."""
     inventory.set(credentials_requires_vault=True)
@@ -394,6 +443,7 @@ def test_alerts_that_reach_nobody_are_worth_a_warning(inventory: Inventory) -> N
         ({"prepare_firewall_rules": [{"port": "20-10"}]}, "prepare_firewall_rules: 20-10 is no port"),
         ({"prepare_firewall_rules": [{"port": "53", "protocol": "icmp"}]}, "must be one of: tcp, udp"),
         ({"prepare_firewall_rules": [{"port": "53", "form": ["10.0.0.1"]}]}, "form"),
+        ({"prepare_firewall_rules": [{"port": "53", "from": []}]}, "the rule for port 53 is from nobody"),
         ({"prepare_ssh_port": 0}, "prepare_ssh_port: 0 is no port"),
         ({"prepare_ntp_servers": ["ntp1.example.com iburst"]}, "is no name or address of a time server"),
         ({"prepare_firewall_rollback_seconds": 1}, "leaves no time for a connection"),
