@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import socket
 import subprocess
 import time
@@ -64,6 +65,14 @@ class Node:
             ["redis-cli", "-p", str(self.port), *words], capture_output=True, text=True, check=False
         )
         return done.stdout.strip()
+
+    def write(self, *words: str) -> int:
+        """Write something; the number of replicas that have it. WAIT counts what its own connection wrote."""
+        commands = f"{shlex.join(words)}\nWAIT 2 5000\n"
+        done = subprocess.run(
+            ["redis-cli", "-p", str(self.port)], input=commands, capture_output=True, text=True, check=True
+        )
+        return int(done.stdout.split()[-1])
 
     def figures(self) -> dict[str, float]:
         """Name/label → value, as the exporter gets them."""
@@ -163,8 +172,7 @@ def test_figures_come_from_the_primary_alone_and_follow_a_failover(
     try:
         wait(lambda: nodes[0].figures()["replicas/"] == 2)
         wait(lambda: [one.figures()["sentinels/"] for one in nodes] == [3, 3, 3], 30)
-        nodes[0]("LPUSH", "q:default", json.dumps({"headers": {"published": 0}}))
-        assert nodes[0]("WAIT", "2", "1000") == "2"
+        assert nodes[0].write("LPUSH", "q:default", json.dumps({"headers": {"published": 0}})) == 2
         assert nodes[0].figures()["queue_messages/default"] == 1
         for replica in nodes[1:]:
             assert set(replica.figures()) == {"acl_denials/", "sentinels/"}

@@ -48,9 +48,10 @@ def replicas(stack: Stack) -> list[str]:
 
 
 def queue_tasks(stack: Stack) -> None:
-    """Messages in a queue that nobody consumes, which a replica has too."""
-    stack.redis("RPUSH", QUEUE, *(str(number) for number in range(TASKS)))
-    assert int(stack.redis("WAIT", "1", "5000")) >= 0
+    """Messages in a queue that nobody consumes, which a replica has too. WAIT counts what its own connection wrote."""
+    commands = f"RPUSH {QUEUE} {' '.join(str(number) for number in range(TASKS))}\\nWAIT 1 5000\\n"
+    replies = stack.first("redis").check_output(f"printf '{commands}' | hothouse-redis-cli --primary")
+    assert int(replies.split()[-1]) >= 1
 
 
 def all_tasks_are_there(stack: Stack) -> bool:
