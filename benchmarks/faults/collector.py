@@ -13,6 +13,10 @@ from typing import Any
 
 from aiosmtpd.smtp import SMTP, Envelope, Session
 
+# So long that the campaign of a hundred mails is still on its way when something breaks.
+ANSWER_SECONDS = 0.5
+SLOW_SECONDS = 3.0
+
 
 class Tasks:
     """What producers and tasks told (hothouse_faults.py). Times are of the monotonic clock of this machine."""
@@ -90,10 +94,14 @@ class Mails:
         return "250 OK"
 
     async def handle_DATA(self, server: SMTP, session: Session, envelope: Envelope) -> str:
-        """Take the mail. While it drops connections, it does so after it has taken every second one."""
-        await asyncio.sleep(3 if self.mode == "slow" else 0.05)
+        """Take the mail, and only then answer: a client that dies meanwhile has sent it all the same.
+
+        While it drops connections, it does so after it has taken every second one.
+        """
         self.delivered.update(envelope.rcpt_tos)
-        if self.mode == "dropping" and self.delivered.total() % 2:
+        dropped = self.mode == "dropping" and self.delivered.total() % 2
+        await asyncio.sleep(SLOW_SECONDS if self.mode == "slow" else ANSWER_SECONDS)
+        if dropped:
             assert server.transport
             server.transport.abort()
         return "250 2.0.0 queued as " + re.sub(r"\W", "", envelope.rcpt_tos[0])

@@ -37,8 +37,11 @@ def publish(hosts: Hosts, task: str, arguments: list[list[object]], queue: str =
     hosts.run(front, f"printf '%s' '{json.dumps(arguments)}' | {words}")
 
 
-def run(hosts: Hosts, tasks: Tasks, kills: int) -> int:
-    """Kill a stock worker `kills` times while it works; the number of tasks that are gone for good."""
+def run(hosts: Hosts, tasks: Tasks, kills: int, visibility: float) -> int:
+    """Kill a stock worker `kills` times while it works; the number of tasks that are gone for good.
+
+    visibility: seconds after which what a dead worker had taken is given to another.
+    """
     host = hosts.groups["worker"][0]
     hosts.run(host, f"mkdir -p /run/fault && cat >/run/fault/control.py <<'END'{APPLICATION}END")
     hosts.run(
@@ -60,11 +63,17 @@ def run(hosts: Hosts, tasks: Tasks, kills: int) -> int:
                 60,
             )
             hosts.run(host, f"systemctl kill --kill-whom=all --signal=KILL {UNIT}")
-        # Nothing waits any more, and nothing has come to its end for a while.
-        wait(lambda: not backlog(hosts), "an empty queue", 120)
-        last = -1
-        while last != (last := len([n for n in numbers if n in tasks.ends])):
-            time.sleep(3)
+        # What the dead worker had taken comes back after the visibility timeout, and is not lost.
+        last = (0.0, 0)
+
+        def settled() -> bool:
+            nonlocal last
+            done = len([n for n in numbers if n in tasks.ends])
+            if done != last[1]:
+                last = time.monotonic(), done
+            return not backlog(hosts) and time.monotonic() - last[0] > visibility + 10
+
+        wait(settled, "the end of what can still come", 240)
     finally:
         hosts.run(host, f"systemctl stop {UNIT}; rm -f /run/fault/control.py", check=False)
     return COUNT - len([n for n in numbers if n in tasks.ends])

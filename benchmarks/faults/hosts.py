@@ -17,6 +17,13 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 NETWORK = "hothouse-molecule-faults"
 SSH = REPOSITORY / f".hothouse/ssh/{NETWORK}.config"
 MASTER_NAME = "hothouse"
+# A kernel that ends a process would still say goodbye on its connections.
+SILENCE = (
+    "add table inet silence; "
+    "add chain inet silence in { type filter hook input priority -10; policy drop; }; "
+    "add chain inet silence out { type filter hook output priority -10; policy drop; }; "
+    "add rule inet silence in iif lo accept; add rule inet silence out oif lo accept"
+)
 
 
 class Unready(Exception):
@@ -52,7 +59,7 @@ class Hosts:
 
     def run(self, host: str, command: str, check: bool = True, seconds: float = 60) -> str:
         """Run a command as root and return what it prints. Raises Unready."""
-        words = ["ssh", "-F", SSH, "-o", "ConnectTimeout=5", host, command]
+        words = ["ssh", "-F", SSH, "-o", "ConnectTimeout=5", "-o", "ConnectionAttempts=3", host, command]
         try:
             done = subprocess.run(words, capture_output=True, text=True, timeout=seconds, check=False)
         except subprocess.TimeoutExpired as error:
@@ -66,18 +73,23 @@ class Hosts:
     def podman(self, *words: str) -> None:
         """Do something to a container. Raises Unready."""
         command = [*([] if os.geteuid() == 0 else ["sudo"]), "podman", *words]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        except subprocess.TimeoutExpired as error:
+            raise Unready(f"{' '.join(command)}: no end after 60 s") from error
         if done.returncode:
             raise Unready(f"{' '.join(command)}: {done.stderr.strip()}")
 
     def power_off(self, host: str) -> None:
-        """Cut a host's power: nothing on it has time for anything."""
-        self.podman("kill", "--signal", "KILL", f"{NETWORK}-{host}")
+        """Cut a host's power: nothing on it has time for anything, and nobody is told that connections are gone."""
+        container = f"{NETWORK}-{host}"
+        self.podman("exec", container, "nft", SILENCE)
+        self.podman("kill", "--signal", "KILL", container)
+        subprocess.run(["ssh", "-F", SSH, "-O", "exit", host], capture_output=True, check=False)
 
     def power_on(self, host: str) -> None:
         """Start a host and wait until it lets us in."""
         self.podman("start", f"{NETWORK}-{host}")
-        subprocess.run(["ssh", "-F", SSH, "-O", "exit", host], capture_output=True, check=False)
         wait(lambda: self.run(host, "echo up", check=False, seconds=10), f"{host} to let us in", 60)
 
     def primary(self) -> str:
@@ -86,7 +98,7 @@ class Hosts:
         question = f"timeout 3 hothouse-redis-cli --sentinel SENTINEL get-master-addr-by-name {MASTER_NAME}"
         with ThreadPoolExecutor() as pool:
             answers = pool.map(
-                lambda host: self.run(host, question, check=False, seconds=10).split(), self.groups["redis"]
+                lambda host: self.run(host, question, check=False, seconds=5).split(), self.groups["redis"]
             )
             votes = Counter(by_address[words[0]] for words in answers if words and words[0] in by_address)
         if not votes:

@@ -2,7 +2,7 @@
 
 On the hosts, beside hothouse_celery; HOTHOUSE_FAULTS is the collector's address. The producer:
 
-    hothouse-run python -m hothouse_faults RATE
+    hothouse-run python -m hothouse_faults RATE FIRST
 """
 
 from __future__ import annotations
@@ -50,11 +50,12 @@ def poison(number: int, victim: str) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def produce(rate: float) -> None:
-    """Publish `rate` tasks a second, one after the other, until the collector says stop."""
-    number, begin, answer = 0, time.monotonic(), "go"
+def produce(rate: float, first: int) -> None:
+    """Publish `rate` tasks a second, numbered from `first` on, until the collector says stop."""
+    count, begin, answer = 0, time.monotonic(), "go"
     with connect() as connection:
         while answer != "stop":
+            number = first + count
             before = time.monotonic()
             try:
                 note.delay(number, 0.05)
@@ -62,15 +63,15 @@ def produce(rate: float) -> None:
             except Exception as error:  # whatever reaches the caller is what is counted
                 line = f"refused {number} {' '.join(repr(error).split())}"
             answer = tell(connection, line)
-            number += 1
-            ahead = begin + number / rate - time.monotonic()
+            count += 1
+            ahead = begin + count / rate - time.monotonic()
             if ahead > 0:
                 time.sleep(ahead)
             else:
-                begin = time.monotonic() - number / rate
+                begin = time.monotonic() - count / rate
 
 
 if __name__ == "__main__":
     import hothouse_celery  # noqa: F401 - the application that the tasks belong to
 
-    produce(float(sys.argv[1]))
+    produce(float(sys.argv[1]), int(sys.argv[2]))

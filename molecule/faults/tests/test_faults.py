@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "benchmarks/faults"))
 
 import control
-from catalogue import FAULTS
+from catalogue import FAULTS, Fault
 from collector import Collector
 from hosts import Hosts, wait
 from trial import MAIL_PORT, TASKS_PORT, VISIBILITY_SECONDS, Outcome, Trial, table
@@ -42,11 +43,30 @@ def outcome(hosts: Hosts, collector: Collector) -> Outcome:
     return found
 
 
+def test_redis_grew_from_one_host_to_three_and_kept_what_was_queued(hosts: Hosts) -> None:
+    """prepare.yml deployed Redis on one host and published these before the scenario converged with three."""
+    assert hosts.healthy()
+    kept = hosts.run(hosts.primary(), "hothouse-redis-cli LRANGE q:kept 0 -1").splitlines()
+    assert [json.loads(message)["headers"]["argsrepr"] for message in reversed(kept)] == [
+        f"[{number}, 0]" for number in range(500)
+    ]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_is_lost_and_nothing_doubled_that_is_not_listed(outcome: Outcome, name: str) -> None:
     row = outcome.rows[name]
     assert row.injected == 1
     assert (row.lost, row.duplicated) == (0, 0), row.details
+
+
+def test_every_fault_was_injected_and_mended(outcome: Outcome) -> None:
+    assert outcome.problems == []
+    assert [name for name, row in outcome.rows.items() if not row.to_send] == [], "no mail was on its way"
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=NAMES)
+def test_no_more_recipients_are_in_doubt_than_there_is_reason_for(outcome: Outcome, fault: Fault) -> None:
+    assert outcome.rows[fault.name].ambiguous <= fault.doubtful
 
 
 @pytest.mark.parametrize("name", [fault.name for fault in FAULTS if fault.failover])
@@ -77,6 +97,7 @@ def test_the_tasks_of_a_host_without_power_are_run_elsewhere_in_time(
     cut = time.monotonic()
     theirs = [n for n in numbers if any(where == host for _, where in tasks.starts.get(n, []))]
     theirs = [n for n in theirs if n not in tasks.ends]
+    assert theirs
     try:
         wait(
             lambda: all(any(at > cut for at, _ in tasks.starts[n]) for n in theirs),
@@ -107,6 +128,6 @@ def test_a_task_that_kills_whoever_runs_it_ends_in_the_dead_letter_list(
 
 def test_the_settings_that_celery_comes_with_lose_tasks(hosts: Hosts, collector: Collector) -> None:
     """The control: if this loses nothing either, the tests above prove nothing."""
-    lost = control.run(hosts, collector.tasks, kills=5)
+    lost = control.run(hosts, collector.tasks, kills=5, visibility=VISIBILITY_SECONDS)
     print(f"\nstock settings and transport: {lost} tasks lost")
     assert lost > 0
