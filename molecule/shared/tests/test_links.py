@@ -17,6 +17,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from testssl import findings
 
 SCENARIOS = ("prod",)
 
@@ -233,6 +234,18 @@ def test_nobody_answers_an_outdated_protocol(stack: Stack) -> None:
             stack, service["clients"][0], old, stack.address(host), str(service["port"]), CERTIFICATE, KEY, CA
         )
         assert said.startswith("refused"), (host, service["name"], said)
+
+
+@pytest.mark.parametrize("port", [6379, 26379])
+def test_redis_and_sentinel_offer_no_weak_tls(stack: Stack, port: int) -> None:
+    """With the host's certificate, without which they would not go on."""
+    name = stack.group("redis")[0]
+    host, client = stack.host(name), f"/run/hothouse-test-client-{port}.pem"
+    host.check_output(f"umask 077 && cat {CERTIFICATE} {KEY} >{client}")
+    try:
+        assert findings(host, f"{stack.address(name)}:{port}", CA, client=client, plain=True) == []
+    finally:
+        host.run(f"rm {client}")
 
 
 def test_new_certificates_are_shown_without_a_restart_and_sessions_go_on(
