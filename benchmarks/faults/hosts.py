@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import time
@@ -56,6 +57,21 @@ class Hosts:
         }
         # Where the hosts find this machine.
         self.gateway = next(iter(self.addresses.values())).rpartition(".")[0] + ".1"
+        self._keep_bridge()
+
+    def _keep_bridge(self) -> None:
+        """Fix the hardware address of the hosts' bridge.
+
+        It would be the lowest of those that are connected, and so another one when a host goes: then the other hosts
+        would not find this machine for half a minute, and tell it nothing.
+        """
+        shown = subprocess.run(
+            ["ip", "-json", "address", "show", "to", self.gateway], capture_output=True, text=True, check=True
+        )
+        for bridge in json.loads(shown.stdout):
+            address = Path("/sys/class/net", bridge["ifname"], "address").read_text().strip()
+            words = ["ip", "link", "set", "dev", bridge["ifname"], "address", address]
+            subprocess.run([*([] if os.geteuid() == 0 else ["sudo"]), *words], check=True)
 
     def run(self, host: str, command: str, check: bool = True, seconds: float = 60) -> str:
         """Run a command as root and return what it prints. Raises Unready."""
@@ -106,18 +122,26 @@ class Hosts:
         return votes.most_common(1)[0][0]
 
     def healthy(self) -> bool:
-        """Whether there is a primary with all its replicas, and a Sentinel on each host of the group."""
+        """Whether there is a primary with all its replicas, and a Sentinel that takes part on each host of the group.
+
+        One that was frozen looks on for half a minute afterwards (TILT).
+        """
         try:
             host = self.primary()
             replication = self.run(host, "hothouse-redis-cli INFO replication", check=False)
             heard = self.run(
                 host, f"hothouse-redis-cli --sentinel SENTINEL ckquorum {MASTER_NAME}", check=False
             )
+            question = "hothouse-redis-cli --sentinel INFO sentinel"
+            calm = all(
+                "sentinel_tilt:0" in self.run(name, question, check=False) for name in self.groups["redis"]
+            )
         except Unready:
             return False
         others = len(self.groups["redis"]) - 1
         return (
-            "role:master" in replication
+            calm
+            and "role:master" in replication
             and f"min_slaves_good_slaves:{others}" in replication
             and heard.startswith(f"OK {others + 1} ")
         )

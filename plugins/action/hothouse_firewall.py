@@ -21,6 +21,7 @@ _spec.loader.exec_module(module)
 
 MARGIN_SECONDS = 5  # until a timer that is due has done its work
 PAUSE_SECONDS = 1  # between two attempts to connect
+SSH = ("ssh", "smart", "paramiko", "paramiko_ssh")  # names of Ansible's ways to connect by it
 
 
 class Session(NamedTuple):
@@ -34,7 +35,7 @@ class Session(NamedTuple):
 def parse_session(text: str) -> Session | None:
     """What sshd puts into SSH_CONNECTION: address and port of the client, then those of the host."""
     words = text.split()
-    if len(words) != 4:
+    if len(words) != 4 or not (words[1].isdigit() and words[3].isdigit()):
         return None
     return Session(words[0].partition("%")[0], int(words[1]), int(words[3]))
 
@@ -68,6 +69,12 @@ class ActionModule(ActionBase):
         self._task_vars = task_vars or {}
         host = self._task_vars.get("inventory_hostname", "the host")
         session = self._session()
+        if not session and self._connection.transport in SSH:
+            raise AnsibleActionFail(
+                f"{host} does not tell by which SSH connection it is reached (its SSH_CONNECTION is empty), so nobody "
+                "can know whether the new rules of the firewall would lock this run out; they were not applied. See "
+                "whether a ForceCommand in its sshd_config or a wrapper around the shell clears the environment."
+            )
         if session and not is_accepted(session, args["accepts"]):
             raise AnsibleActionFail(
                 f"The new rules of the firewall would lock this run out of {host}, which it reaches from "
@@ -95,7 +102,12 @@ class ActionModule(ActionBase):
         )
 
     def _session(self) -> Session | None:
-        """The connection in use, or None if it is not one of SSH; sudo would hide it."""
+        """The connection in use, or None if it is not one of SSH; sudo would hide it.
+
+        On the machine itself the variable is there as well, of whoever has logged in.
+        """
+        if self._connection.transport == "local":
+            return None
         said = self._low_level_execute_command('echo "$SSH_CONNECTION"', sudoable=False, executable="/bin/sh")
         return next(filter(None, map(parse_session, said["stdout_lines"])), None)
 

@@ -92,7 +92,7 @@ def check_groups(
         )
     for host in sorted({*groups.get("worker", []), *groups.get("beat", [])} - {*groups.get("app", [])}):
         problems.add(
-            f"the host `{host}` is to run a worker or beat, but is not in the group `app`: it would have no application",
+            f"the host `{host}` is to run a worker or beat, but is not in the group `app`, so it has no application",
             "hosts.yml of the inventory",
             "make `worker` and `beat` children of `app`",
         )
@@ -257,7 +257,7 @@ def check_firewall(problems: Problems, values: Mapping[str, Any], where: dict[st
     for rule in rules:
         if "from" in rule and not rule["from"]:
             problems.add(
-                f"prepare_firewall_rules: the rule for port {rule['port']} is from nobody, which would let in everybody",
+                f"prepare_firewall_rules: the rule for port {rule['port']} is from nobody, and would let in everybody",
                 where.get("prepare_firewall_rules", "group_vars"),
                 "name addresses, drop the rule, or leave `from` out if anybody may come",
             )

@@ -253,11 +253,27 @@ def redis_roles(nodes: dict[str, str], said: dict[str, Any]) -> dict[str, Any]:
                 "it back into hosts.yml, make another the primary (`systemctl stop redis-server` on it hands over), "
                 "then take it out."
             )
-        if primary in lines and primary not in data and data:
+        missing = [name for name in nodes if name not in lines]
+        if primary in lines and primary not in data and (data or missing):
+            whose = f"{', '.join(data)} has" if data else f"{', '.join(missing)} may have"
             raise AnsibleFilterError(
                 f"The Sentinels take {primary} for the primary of Redis, but it has no data (a lost disk?), and "
-                f"{', '.join(data)} has; {untouched}. See that Redis and Sentinel run on the others, wait until "
+                f"{whose}; {untouched}. See that Redis and Sentinel run on the others, wait until "
                 "`hothouse-redis-cli --primary ROLE` on one of them answers, and run this again."
+            )
+        own = [
+            name
+            for name in data
+            if name != primary
+            and not any(line.startswith(("replicaof ", "sentinel ")) for line in lines[name])
+        ]
+        if own:
+            others = ", ".join(name for name in lines if name not in own)
+            raise AnsibleFilterError(
+                f"{own[0]} has data of its own, but the Sentinels of {others} remember {primary} as the primary of "
+                f"Redis, from an earlier time; {untouched}. Decide whose data stay. On each host whose data may go: "
+                "systemctl stop redis-server redis-sentinel, and move what is in /var/lib/redis away. Then run this "
+                "again."
             )
         return {"primary": primary, "deployed": primary not in lines or primary in data, "known": known}
 

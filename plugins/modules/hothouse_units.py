@@ -460,6 +460,12 @@ class Systemd:
                 found[path] = os.lstat(path).st_ctime
         return found
 
+    def touch(self, paths: Iterable[str]) -> None:
+        """Let each path that exists count as changed now."""
+        for path in paths:
+            with contextlib.suppress(FileNotFoundError):
+                os.utime(path, follow_symlinks=False)
+
     def explain(self, name: str) -> str:
         """Tell why a unit does not run: systemctl's own words and the end of its journal."""
         wanted = ("Active:", "Process:", "Main PID:", "Status:")
@@ -500,7 +506,14 @@ def run(params: Mapping[str, Any], check: bool, diff: bool, systemd: Systemd) ->
     result: dict[str, Any] = {"changed": plan.changed, "actions": plan.actions()}
     touched = sorted({name for _, unit_names in plan.steps() for name in unit_names})
     if not check:
-        carry_out(plan, before, systemd)
+        try:
+            carry_out(plan, before, systemd)
+        except UnitsError:
+            # systemd remembers a reload that failed like one that did not; the next run is to try it again.
+            for unit in units:
+                if unit["name"] in plan.reload:
+                    systemd.touch(unit["reload_after"] or ())
+            raise
     if diff and plan.changed:
         after = None if check else systemd.show(touched)
         result["diff"] = make_diff(plan, touched, {**loaded, **before}, after)

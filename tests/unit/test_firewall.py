@@ -6,9 +6,11 @@ import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ansible.errors import AnsibleActionFail
 from conftest import BUNDLE, Play, load_plugin
 
 filters = load_plugin("filter/hothouse")
@@ -68,6 +70,44 @@ def test_a_rule_of_the_users_own_may_be_what_lets_a_run_in() -> None:
 
 def test_what_is_no_connection_of_ssh_cannot_be_locked_out() -> None:
     assert action.parse_session("") is None
+
+
+@pytest.mark.parametrize("text", ["Welcome to this host", "192.0.2.7 50000"])
+def test_a_greeting_is_not_taken_for_a_connection(text: str) -> None:
+    assert action.parse_session(text) is None
+
+
+def way(transport: str, said: str) -> Any:
+    """The action with a connection of this kind, over which the host says this."""
+    found = action.ActionModule.__new__(action.ActionModule)
+    found._connection = SimpleNamespace(transport=transport)
+    found._task = SimpleNamespace(check_mode=False, diff=False)
+    found._low_level_execute_command = lambda *_, **__: {"stdout_lines": [said]}
+    found.validate_argument_spec = lambda _: (None, {"accepts": []})
+    return found
+
+
+def test_on_the_machine_itself_the_login_of_who_deploys_is_no_connection_to_it() -> None:
+    assert way("local", "192.0.2.7 50000 10.0.0.1 22")._session() is None
+    assert way("ssh", "192.0.2.7 50000 10.0.0.1 22")._session().port == 22
+
+
+def test_rules_that_cannot_be_held_against_the_connection_are_not_applied(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(action.ActionBase, "run", lambda *_: {})
+    with pytest.raises(AnsibleActionFail, match=r"its SSH_CONNECTION is empty.* were not applied"):
+        way("ssh", "").run(None, {"inventory_hostname": "host1"})
+
+
+@pytest.mark.parametrize(
+    ("nouns", "answers", "left"),
+    [(["app"], ["redis ours"], True), (["app", "redis"], ["redis ours"], False), (["app"], [], False)],
+)
+def test_a_redis_that_is_to_go_but_runs_is_noticed(
+    play: Callable[..., Play], nouns: list[str], answers: list[str], left: bool
+) -> None:
+    assert prepared(play, "__prepare_redis_is_left", 12, *answers, prepare_nouns=nouns) is left
 
 
 def test_the_time_that_a_command_and_the_connection_take_is_no_skew() -> None:

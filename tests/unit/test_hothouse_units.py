@@ -284,6 +284,24 @@ def test_systemd_reads_its_files_again_before_every_start_because_it_overlooks_n
     assert ("daemon-reload" in result["actions"]) == ("daemon-reload" in verbs)
 
 
+def test_a_reload_that_failed_is_tried_again_by_the_next_run(tmp_path: Path) -> None:
+    """systemd moves the time of the unit's state either way."""
+
+    class Refusing(Recorder):
+        def call(self, *words: str, check: bool = True) -> str:
+            if words[0] == "reload":
+                raise units.UnitsError("it cannot")
+            return super().call(*words, check=check)
+
+    file = tmp_path / "users.acl"
+    file.touch()
+    wanted = unit("ssh.service", "started", reload_after=[str(file), str(tmp_path / "missing")])
+    before = file.lstat().st_ctime
+    with pytest.raises(units.UnitsError, match="it cannot"):
+        units.run({"units": [wanted], "exclusive": None}, False, False, Refusing())
+    assert file.lstat().st_ctime > before
+
+
 def test_reading_files_again_is_no_change_of_its_own() -> None:
     assert not units.Plan(reload_daemon=True).changed
     assert units.Plan(reload_daemon=True).actions() == ["daemon-reload"]

@@ -60,7 +60,12 @@ def test_the_later_failover_counts() -> None:
     # Also with the hosts of --limit alone.
     assert primary(r1=f"{DATA}\n{new}") == "r2"
     # A host whose disk was lost is told what the others know.
-    assert filters.redis_roles(NODES, said(r1="", r2=f"{DATA}\n{new}", r3=DATA))["known"] == ["r2", "r3"]
+    assert filters.redis_roles(NODES, said(r1="", r2=f"{DATA}\n{new}", r3=f"{DATA}\n{old}"))["known"] == [
+        "r2",
+        "r3",
+    ]
+    # Its Sentinel has not been started yet.
+    assert primary(r1=f"{DATA}\nreplicaof 127.0.0.12 6379", r2=DATA, r3=f"{DATA}\n{new}") == "r2"
 
 
 @pytest.mark.parametrize(
@@ -71,6 +76,14 @@ def test_the_later_failover_counts() -> None:
         (
             {"r1": DATA, "r2": SENTINEL, "r3": ""},
             "r2 for the primary of Redis, but it has no data (a lost disk?)",
+        ),
+        (
+            {"r1": "", "r2": f"{EMPTY}\n{SENTINEL}"},
+            "r2 for the primary of Redis, but it has no data (a lost disk?), and r3 may have",
+        ),
+        (
+            {"r1": DATA, "r2": f"{DATA}\n{SENTINEL}", "r3": f"{DATA}\n{SENTINEL}"},
+            "r1 has data of its own, but the Sentinels of r2, r3 remember r2 as the primary",
         ),
         (
             {"r1": f"{DATA}\nsentinel monitor hothouse 127.0.0.19 6379 2", "r2": DATA, "r3": DATA},
@@ -303,7 +316,7 @@ def test_a_redis_that_answers_late_is_not_killed(
     monkeypatch.setattr(node, "BUSY_SECONDS", patience)
     monkeypatch.setattr(node, "PRIMARY_SECONDS", 15.0)
     start(tmp_path / "primary", address=NODES["r3"])
-    leave(tmp_path, redis_conf=f"{REPLICA}replica-priority 0\n")
+    leave(tmp_path, redis_conf=f"{REPLICA}replica-priority 0\n", incomplete="")
     port = str(node.settings.port)
     start(tmp_path / "replica", "--replicaof", NODES["r3"], port, "--replica-priority", "0")
     asleep(1.8)
@@ -313,12 +326,68 @@ def test_a_redis_that_answers_late_is_not_killed(
     with node.settings.redis() as redis:
         assert redis.ask("CONFIG", "GET", "replica-priority")[1] == "100"
         assert redis.info("replication")["master_link_status"] == "up"
+    assert not (tmp_path / "incomplete").exists()
+
+
+def test_a_replica_that_got_nothing_has_no_data_though_redis_made_its_files(
+    node: ModuleType, tmp_path: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Started a second time it would be promoted, and the primary would copy its emptiness."""
+    monkeypatch.setattr(node, "BUSY_SECONDS", 1.0)
+    leave(tmp_path, seed=f"replicaof {NODES['r3']} 6379\n", users_acl=USERS)
+    node.compose()
+    # The primary does not answer.
+    server = start(tmp_path, "--replicaof", NODES["r3"], "1", "--replica-priority", "0")
+    with pytest.raises(node.RedisError, match="has no data here, and does not get the data of its primary"):
+        node.ready()
+    server.kill()
+    server.wait()
+    assert list((tmp_path / "appendonlydir").glob("*.manifest")) and not node.has_data()
+    node.compose()
+    assert "replica-priority 0" in (tmp_path / "redis.conf").read_text()
+
+
+def test_a_replica_that_has_data_is_promotable_when_it_follows_or_nobody_is_there(
+    node: ModuleType, tmp_path: Path, start: Start, capsys: pytest.CaptureFixture[str]
+) -> None:
+    leave(tmp_path, data=True, redis_conf=REPLICA, users_acl=USERS)
+    node.compose()
+    assert "replica-priority 0" in (tmp_path / "redis.conf").read_text()
+    start(tmp_path / "replica", "--replicaof", NODES["r3"], "1", "--replica-priority", "0")
+    node.ready()
+    assert "Redis runs, but does not get the data of its primary" in capsys.readouterr().err
+    with node.settings.redis() as redis:
+        assert redis.ask("CONFIG", "GET", "replica-priority")[1] == "100"
+
+
+def test_replicas_learn_a_new_login_by_a_reload(node: ModuleType, tmp_path: Path, start: Start) -> None:
+    start(tmp_path / "data", "--masterauth", "old")
+    (tmp_path / "replication.conf").write_text("# roles/redis\nmasterauth new\n")
+    node.note_users(node.users_hash())
+    node.reload()
+    with node.settings.redis() as redis:
+        assert redis.ask("CONFIG", "GET", "masterauth")[1] == "new"
+
+
+def test_a_redis_that_is_alone_forgets_what_its_sentinel_knew(node: ModuleType, tmp_path: Path) -> None:
+    leave(tmp_path, data=True, redis_conf=PRIMARY, sentinel_conf=SENTINEL, users_acl=USERS)
+    node.settings.nodes = {}
+    node.compose()
+    assert not (tmp_path / "sentinel.conf").exists()
+
+
+def test_a_sentinel_that_knows_nobody_does_not_watch_its_own_redis(node: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(node.RedisError, match="knows no primary yet"):
+        node.compose_sentinel()
+    leave(tmp_path, redis_conf=REPLICA)
+    node.compose_sentinel()
+    assert "sentinel monitor hothouse 127.0.0.13 " in (tmp_path / "sentinel.conf").read_text()
 
 
 def test_a_redis_that_never_answers_is_killed_only_without_data(
     node: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name, value in {"BUSY_SECONDS": 0.1, "LINK_SECONDS": 0.5}.items():
+    for name, value in {"BUSY_SECONDS": 0.1, "PRIMARY_SECONDS": 0.5}.items():
         monkeypatch.setattr(node, name, value)
     leave(tmp_path, redis_conf=REPLICA)
     with pytest.raises(ConnectionRefusedError):
@@ -326,7 +395,7 @@ def test_a_redis_that_never_answers_is_killed_only_without_data(
     with socket.create_server((NODES["r1"], node.settings.port)):
         node.ready()
         assert "Redis runs, but does not answer within 0.5 s" in capsys.readouterr().err
-        (tmp_path / "redis.conf").write_text(f"{REPLICA}replica-priority 0\n")
+        (tmp_path / "incomplete").touch()
         with pytest.raises(TimeoutError):
             node.ready()
 

@@ -209,10 +209,13 @@ def test_prometheus_reads_every_host_and_nginx_serves_it() -> None:
     assert len(jobs["node"]) == 8 and "127.0.0.1:9100" in jobs["node"]
     for job in config["scrape_configs"]:
         for static in job["static_configs"]:
-            if any(target.startswith("198.") for target in static["targets"]):
+            if static["labels"].get("__param_module") == "sentinel":
+                assert static["targets"][0].endswith(":26379")
+            elif any(target.startswith("198.") for target in static["targets"]):
                 assert static["labels"]["__scheme__"] == "https", job["job_name"]
                 assert set(job["tls_config"]) == {"ca_file", "cert_file", "key_file"}
-    assert jobs["blackbox"] == ["https://ops.example.com/flower/", "https://ops.example.com/"]
+    pages = ["https://ops.example.com/flower/", "https://ops.example.com/"]
+    assert jobs["blackbox"] == [*pages, *(f"198.51.100.{number}:26379" for number in (11, 12, 13))]
     page = text("prod", "nginx1", "/etc/nginx/nginx.conf")
     assert "auth_basic_user_file" in page
 

@@ -580,7 +580,9 @@ def test_other_versions_of_kombu_are_refused(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(hothouse_transport.KNOWN, "kombu", ((5, 8), (5, 9)))
     assert "kombu is 5.7" in str(hothouse_transport.install())
     monkeypatch.undo()
-    monkeypatch.setattr(hothouse_transport, "version", lambda name: {"kombu": "5.7.0", "redis": "7.1.0"}[name])
+    monkeypatch.setattr(
+        hothouse_transport, "version", lambda name: {"kombu": "5.7.0", "redis": "7.1.0"}[name]
+    )
     assert "redis is 7.1.0, and this transport knows versions from 7.2" in str(hothouse_transport.install())
     monkeypatch.undo()
     monkeypatch.delattr("kombu.transport.redis.Channel._brpop_start")

@@ -343,9 +343,10 @@ UNLIMITED: dict[str, tuple[list[Trouble], set[str]]] = {
             refused_configuration,
             failed_renewal,
             lambda stack: stopped(stack, "nginx", "prometheus-nginx-exporter.service"),
+            lambda stack: stopped(stack, "nginx", "hothouse-firewall.service"),
         ],
         {"DoorOpen", "PublicUrlFailing", "MetricsMissing", "MonitoringBroken", "ExporterDown"}
-        | {"CertificateRenewalFailing"},
+        | {"CertificateRenewalFailing", "FirewallDown"},
     ),
     "services": (
         [
@@ -363,8 +364,8 @@ SEVERAL_HOSTS = {
 }  # fmt: skip
 # Made where a certificate comes from an ACME server, a service hung, or hosts talk to each other.
 SOMETIMES = {
-    "haproxy_backend_active_servers", "hothouse_acme_renewal_failed", "hothouse_certificate_expiry_timestamp_seconds",
-    "hothouse_hung_service",
+    "haproxy_backend_active_servers", "hothouse_acme_expiry_timestamp_seconds", "hothouse_acme_renewal_failed",
+    "hothouse_certificate_expiry_timestamp_seconds", "hothouse_hung_service",
 }  # fmt: skip
 # Their mails hold back others, or are held back.
 IN_THE_WAY = {"HostDown", "NginxDown", "FlowerDown", "DoorOpen", "PublicUrlFailing"}

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from conftest import Stack
+from test_monitor import query
 
 SCENARIOS = ("prod",)
 
@@ -187,3 +188,16 @@ def test_nodes_talk_to_each_other_by_tls_alone(stack: Stack) -> None:
         listening = stack.host(name).check_output("ss --no-header --listening --tcp --numeric --processes")
         ports = {line.split()[3] for line in listening.splitlines() if "redis-" in line}
         assert ports == {f"{stack.address(name)}:{port}" for port in (6379, 26379)}
+
+
+def test_a_sentinel_that_is_frozen_is_seen(stack: Stack, wait: Callable[..., Any]) -> None:
+    """Its connections stay, so Redis counts it as before. The last test here: it looks on for a while afterwards."""
+    names = stack.group("redis")
+    wait(lambda: query(stack, "max(hothouse_sentinels)") == {"": len(names)}, "every Sentinel", 90)
+    host = stack.host(replicas(stack)[0])
+    host.check_output("systemctl kill --signal=STOP redis-sentinel.service")
+    try:
+        wait(lambda: query(stack, "max(hothouse_sentinels)") == {"": len(names) - 1}, "one Sentinel less", 90)
+        assert query(stack, "max(hothouse_redis_sentinels)") == {"": len(names)}
+    finally:
+        host.check_output("systemctl kill --signal=CONT redis-sentinel.service")

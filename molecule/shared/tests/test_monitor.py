@@ -80,7 +80,7 @@ def test_every_redis_is_seen_and_one_is_the_primary(stack: Stack, wait: Callable
     replicas = "hothouse_redis_replicas and on (instance) hothouse_redis_primary"
     wait(lambda: list(query(stack, replicas).values()) == [len(nodes) - 1], "every replica", 60)
     watching = len(nodes) if len(nodes) > 1 else 0
-    wait(lambda: query(stack, "max(hothouse_redis_sentinels)") == {"": watching}, "every Sentinel", 60)
+    wait(lambda: query(stack, "max(hothouse_sentinels)") == {"": watching}, "every Sentinel", 60)
 
 
 def test_the_end_of_every_host_s_certificate_is_known(stack: Stack, wait: Callable[..., Any]) -> None:

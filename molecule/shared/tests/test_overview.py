@@ -366,6 +366,10 @@ def of_several_nodes() -> list[tuple[str, float, dict[str, str]]]:
         ("hothouse_redis_primary", 1, {"instance": "redis2"}),
         ("hothouse_redis_replicas", 0, {"instance": "redis2"}),
         ("redis_master_link_up", 0, {"instance": "redis3"}),
+        ("hothouse_sentinels", 2, {}),
+        ("hothouse_redis_primaries", 2, {}),
+        ("hothouse_acme_renewal_failed", 1, {"instance": "nginx1"}),
+        ("hothouse_acme_renewal_failed", 0, {"instance": "nginx2"}),
         ("haproxy_backend_active_servers", 1, {"instance": "worker1", "proxy": "redis"}),
         ("haproxy_backend_active_servers", 0, {"instance": "worker2", "proxy": "redis"}),
     ]
@@ -392,7 +396,7 @@ def test_several_redis_nodes_are_shown_with_their_roles(
         own = [
             result
             for result in found["data"]["result"]
-            if not re.match("redis_|hothouse_redis_", result["metric"].get("__name__", ""))
+            if not re.match("redis_|hothouse_redis_|hothouse_sentinels", result["metric"].get("__name__", ""))
         ]
         others = [
             {"metric": {"__name__": name} | labels, "value": [own[0]["value"][0], str(value)]}
@@ -415,6 +419,9 @@ def test_several_redis_nodes_are_shown_with_their_roles(
         "Sentinels": ["some missing", "2 of 3"],
         "Ways to Redis": ["too few", "1 of 2"],
     }
+    assert (shown["Redis failovers"]["State"], shown["Redis failovers"]["Now"]) == ("of late", "1")
+    assert (shown["Certificate renewal"]["State"], shown["Certificate renewal"]["Now"]) == ("failing", "1")
+    assert shown["Certificate renewal"]["Meaning"].endswith("failed. nginx1")
     assert violations(page) == []
     assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
 

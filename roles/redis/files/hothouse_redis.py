@@ -37,12 +37,15 @@ HEADER = (
     f"include {CONFIGURED}/redis.conf",
 )
 NEVER_PROMOTED = "replica-priority 0"
+# There while a replica copies everything; what it has until then are no data.
+INCOMPLETE = "incomplete"
 
 ANSWER_SECONDS = 1.0  # that a node may take to answer
 BUSY_SECONDS = 10.0  # that this node's own Redis may take to answer when nobody is kept waiting
-PRIMARY_SECONDS = 60.0  # that a node without data waits for the Sentinels to name another primary
+PRIMARY_SECONDS = (
+    60.0  # that a node without data waits for the Sentinels to name another primary, and a replica for it
+)
 REPLACED_SECONDS = 15.0  # that a primary that crashed waits for the Sentinels to replace it
-LINK_SECONDS = 20.0  # that a replica may take until it begins to follow its primary
 CAUGHT_UP_SECONDS = 3.0  # that a replica may take to have all that the primary wrote
 HAND_OVER_SECONDS = 10.0  # that a failover may take
 SHUT_DOWN_SECONDS = 120.0  # that Redis may take to write down its data
@@ -206,8 +209,11 @@ def replace(path: Path, lines: list[str]) -> None:
 
 
 def has_data() -> bool:
-    """Whether Redis would load anything; without a manifest it takes the append-only file for empty."""
-    return any((STATE / "appendonlydir").glob("*.manifest"))
+    """Whether Redis would load all that it once had.
+
+    Without a manifest it takes the append-only file for empty. A replica has one at once, long before its data.
+    """
+    return any((STATE / "appendonlydir").glob("*.manifest")) and not (STATE / INCOMPLETE).exists()
 
 
 # Who is the primary.
@@ -262,7 +268,8 @@ def may_be_replaced(settings: Settings) -> bool:
                 info = redis.info("replication")
         except (OSError, RedisError):
             return False
-        return info["role"] == "slave" and int(info["slave_repl_offset"]) > 0
+        # It is 1 before the first copy.
+        return info["role"] == "slave" and int(info["slave_repl_offset"]) > 1
 
     with ThreadPoolExecutor(len(settings.nodes)) as pool:
         running = sum(
@@ -331,10 +338,15 @@ def compose() -> None:
     settings = Settings()
     lines = [*HEADER]
     if settings.nodes and (primary := followed_primary(settings)):
-        lines.append(f"replicaof {primary} {settings.port}")
+        # Never promoted before it has what the primary has; `ready` takes it back.
+        lines += [f"replicaof {primary} {settings.port}", NEVER_PROMOTED]
         if not has_data():
-            # Never promoted before it has copied everything; `ready` takes it back.
-            lines.append(NEVER_PROMOTED)
+            replace(STATE / INCOMPLETE, [])
+    else:
+        (STATE / INCOMPLETE).unlink(missing_ok=True)
+    if not settings.nodes:
+        # What it knows would be old news if this ever becomes one of several nodes again.
+        (STATE / "sentinel.conf").unlink(missing_ok=True)
     replace(STATE / "redis.conf", lines)
     note_users(users_hash())
 
@@ -351,7 +363,13 @@ def compose_sentinel() -> None:
     primary = view.primary if view and view.primary in settings.nodes else None
     if not primary:
         latest = max(views(settings), default=None)
-        primary = latest.primary if latest else kept_primary()[1] or settings.address
+        remembers, kept = kept_primary()
+        if not latest and not remembers:
+            # It would take this node for the primary, against all the others. systemd tries again.
+            raise RedisError(
+                "Sentinel knows no primary yet: no other Sentinel answers, and no Redis ran here so far"
+            )
+        primary = latest.primary if latest else kept or settings.address
     epochs = re.findall(
         rf"^sentinel (?:(?:config|leader)-epoch {MASTER}|current-epoch) \d+$", previous, re.MULTILINE
     )
@@ -376,51 +394,59 @@ def compose_sentinel() -> None:
 def ready() -> None:
     """After Redis started: a replica counts as started when it has what its primary has. Raises RedisError and OSError.
 
+    Until then no Sentinel may promote it: nobody can tell how much a replica lacks that was down. One that has data may
+    be promoted after a while all the same, for its primary may be gone for good.
+
     systemd kills Redis if this fails. One that is busy with its data, and answers late, is not to begin anew.
     """
     settings = Settings()
     (STATE / "seed").unlink(missing_ok=True)
     if not settings.nodes:
         return
-    empty = NEVER_PROMOTED in (text_of(STATE / "redis.conf") or "").splitlines()
-    limit = PRIMARY_SECONDS if empty else LINK_SECONDS
+    empty = (STATE / INCOMPLETE).exists()
     began, copied = time.monotonic(), 0
     while True:
+        late = time.monotonic() - began > PRIMARY_SECONDS
         try:
             with settings.redis(seconds=BUSY_SECONDS) as redis:
-                while (info := redis.info("replication"))["role"] == "slave" and (
-                    info["master_link_status"] != "up"
-                ):
+                info = redis.info("replication")
+                if info["role"] != "slave" or info["master_link_status"] == "up":
+                    if not empty or is_written_down(redis):
+                        promotable(redis)
+                        return
+                    began = time.monotonic()
+                else:
                     loaded = redis.info("persistence").get("loading_loaded_bytes", "0")
                     if (now := max(int(info.get("master_sync_read_bytes", "0")), 0) + int(loaded)) > copied:
                         began, copied = time.monotonic(), now
-                    elif time.monotonic() - began > limit:
+                    elif late:
                         problem = f"does not get the data of its primary {info['master_host']}"
                         if empty:
                             raise RedisError(f"Redis has no data here, and {problem}")
                         say(f"Redis runs, but {problem}")
+                        promotable(redis)
                         return
-                    elif not empty and not reachable(info["master_host"], settings.port):
-                        say(f"Redis runs, but its primary {info['master_host']} does not")
-                        return
-                    time.sleep(POLL_SECONDS)
-                if empty:
-                    redis.ask("CONFIG", "SET", "replica-priority", "100")
-                return
         except OSError as error:
-            if time.monotonic() - began > limit:
+            if late:
                 if empty or not isinstance(error, TimeoutError):
                     raise
-                say(f"Redis runs, but does not answer within {limit:g} s")
+                say(f"Redis runs, but does not answer within {PRIMARY_SECONDS:g} s")
                 return
         time.sleep(POLL_SECONDS)
 
 
-def reachable(address: str, port: int) -> bool:
-    """Whether anything listens there."""
-    with contextlib.suppress(OSError), socket.create_connection((address, port), timeout=ANSWER_SECONDS):
-        return True
-    return False
+def is_written_down(redis: Redis) -> bool:
+    """Whether what was copied is in the append-only file, which is begun anew after a copy."""
+    info = redis.info("persistence")
+    return info["aof_rewrite_in_progress"] == info["aof_rewrite_scheduled"] == "0" and (
+        info["aof_last_bgrewrite_status"] == "ok"
+    )
+
+
+def promotable(redis: Redis) -> None:
+    """Let Sentinels promote this node."""
+    (STATE / INCOMPLETE).unlink(missing_ok=True)
+    redis.ask("CONFIG", "SET", "replica-priority", "100")
 
 
 def stop() -> None:
@@ -486,43 +512,43 @@ def sentinel_that_knows(settings: Settings) -> Iterator[Redis]:
 
 
 def hand_over(settings: Settings, redis: Redis, sentinel: Redis) -> None:
-    """Make a replica the primary. Raises RedisError if none is fit, and OSError."""
-    if not caught_up(redis.info("replication"), 0):
+    """Make a replica the primary. Raises RedisError if none is fit, and OSError.
+
+    Then writes stay held back until Redis has stopped: a failover that comes late would lose them.
+    """
+    if not any(progress(redis.info("replication"), 0)):
         raise RedisError("no replica is connected")
     began = time.monotonic()
     redis.ask("CLIENT", "PAUSE", str(int((CAUGHT_UP_SECONDS + HAND_OVER_SECONDS) * 1000)), "WRITE")
-    try:
-        offset = int(redis.info("replication")["master_repl_offset"])
-        if not wait(lambda: caught_up(redis.info("replication"), offset), CAUGHT_UP_SECONDS):
-            raise RedisError("no replica has all that was written")
-        sentinel.ask("SENTINEL", "FAILOVER", MASTER)
+    offset = int(redis.info("replication")["master_repl_offset"])
+    # All of them, for the Sentinels choose; at least one.
+    wait(lambda: all(progress(redis.info("replication"), offset)), CAUGHT_UP_SECONDS)
+    if not any(progress(redis.info("replication"), offset)):
+        raise RedisError("no replica has all that was written")
+    sentinel.ask("SENTINEL", "FAILOVER", MASTER)
 
-        def successor() -> str | None:
-            address = str(sentinel.ask("SENTINEL", "GET-MASTER-ADDR-BY-NAME", MASTER)[0])
-            return address if address != settings.address else None
+    def successor() -> str | None:
+        address = str(sentinel.ask("SENTINEL", "GET-MASTER-ADDR-BY-NAME", MASTER)[0])
+        return address if address != settings.address else None
 
-        new = wait(successor, HAND_OVER_SECONDS)
-        if not new:
-            raise RedisError(f"no replica was made the primary within {HAND_OVER_SECONDS:g} s")
-        # Nobody is left to write down the new role, and nothing is written until the end.
-        replace(STATE / "redis.conf", [*HEADER, f"replicaof {new} {settings.port}"])
-        for kind in ("normal", "pubsub"):
-            redis.ask("CLIENT", "KILL", "TYPE", kind, "SKIPME", "yes")
-    except (OSError, RedisError):
-        with contextlib.suppress(OSError, RedisError):
-            redis.ask("CLIENT", "UNPAUSE")
-        raise
+    new = wait(successor, HAND_OVER_SECONDS)
+    if not new:
+        raise RedisError(f"no replica was made the primary within {HAND_OVER_SECONDS:g} s")
+    # Nobody is left to write down the new role, and nothing is written until the end.
+    replace(STATE / "redis.conf", [*HEADER, f"replicaof {new} {settings.port}"])
+    for kind in ("normal", "pubsub"):
+        redis.ask("CLIENT", "KILL", "TYPE", kind, "SKIPME", "yes")
     say(f"{new} is the primary now, after {time.monotonic() - began:.1f} s")
 
 
-def caught_up(info: dict[str, str], offset: int) -> bool:
-    """Whether a connected replica has everything up to this offset."""
+def progress(info: dict[str, str], offset: int) -> list[bool]:
+    """Of each connected replica, whether it has everything up to this offset."""
     replicas = [
         dict(part.split("=", 1) for part in value.split(","))
         for name, value in info.items()
         if re.fullmatch(r"slave\d+", name)
     ]
-    return any(replica["state"] == "online" and int(replica["offset"]) >= offset for replica in replicas)
+    return [int(replica["offset"]) >= offset for replica in replicas if replica["state"] == "online"]
 
 
 def users_hash() -> str:
@@ -536,9 +562,15 @@ def note_users(loaded: str) -> None:
 
 
 def reload() -> None:
-    """Take over new certificates and users without a restart. Connections stay, except those of changed users."""
+    """Take over new certificates, users and the login of replicas without a restart.
+
+    Connections stay, except those of changed users.
+    """
     settings = Settings()
     with settings.redis(seconds=BUSY_SECONDS) as redis:
+        login = re.search(r"^masterauth (\S+)$", text_of(CONFIGURED / "replication.conf") or "", re.MULTILINE)
+        if login:
+            redis.ask("CONFIG", "SET", "masterauth", login[1])
         if settings.tls:
             files = {"tls-cert-file": "host.crt", "tls-key-file": "host.key", "tls-ca-cert-file": "ca.crt"}
             words = [word for option, name in files.items() for word in (option, str(CONFIGURED / name))]

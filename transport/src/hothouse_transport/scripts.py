@@ -26,8 +26,8 @@ class Script:
 #       for each queue its name in JSON, or nothing if its messages are not acknowledged
 # Returns {number of the queue, tag, message, ...}.
 # The entry in `unacked` is that of kombu's own transport, so either can give back what the other took; its route is the
-# default exchange and the queue's name. A tag that is missing, no plain ASCII, or in use (a message routed to two queues
-# has the same in both), is replaced by one that is not.
+# default exchange and the queue's name. A tag that is missing, no plain ASCII, or in use (a message that went to two
+# queues has the same in both) is replaced by one that is not.
 FETCH = Script(
     r"""
 local taken, left, found = {}, tonumber(ARGV[1]), true

@@ -371,7 +371,8 @@ async function query(expression) {
 /** Seconds since each job was last scraped with success, looked at every 15 s for an hour. */
 const SCRAPED = 'time() - max by (job) (max_over_time((time() * (up{job=~"flower|redis"} == 1))[1h:15s]))';
 const OURS = '{__name__=~"hothouse:task_.+|hothouse_queue_.+|hothouse_unacked_.+|hothouse_dead_letters|hothouse_schedulers|' +
-  'hothouse_app|hothouse_hung_service|hothouse_watchdog_restarts_total|hothouse_redis_(primary|replicas|sentinels)|' +
+  'hothouse_app|hothouse_hung_service|hothouse_watchdog_restarts_total|hothouse_sentinels|' +
+  'hothouse_redis_(primary|primaries|replicas|sentinels)|hothouse_acme_renewal_failed|' +
   'redis_(up|master_link_up|memory_used_bytes|memory_max_bytes)|haproxy_backend_active_servers"}';
 /** What ended within the window, counted as the alerts count it. */
 const EVENTS = 'sum by (task, type) (hothouse:flower_events:increase{type=~"task-succeeded|task-failed"})';
@@ -584,15 +585,21 @@ function showUpkeep(series, of) {
 
   if (nodes.length > 1) {
     const [primary] = series("hothouse_redis_primary", "instance").keys();
-    const sentinels = of("hothouse_redis_sentinels").map(({ value }) => value);
+    const primaries = only("hothouse_redis_primaries");
+    const failovers = known(primaries) ? primaries - 1 : undefined;
     rows.push(
       {
         ...shareOf(series("hothouse_redis_replicas", "instance").get(primary), nodes.length - 1, 1, "all follow"),
         what: "Redis replicas", meaning: "Copies of the primary; without any it refuses writes.",
       },
       {
-        ...shareOf(sentinels.length ? Math.max(...sentinels) : undefined, nodes.length, Math.floor(nodes.length / 2) + 1, "all watch"),
+        ...shareOf(only("hothouse_sentinels"), nodes.length, Math.floor(nodes.length / 2) + 1, "all watch"),
         what: "Sentinels", meaning: "Most of them have to agree before another node becomes the primary.",
+      },
+      {
+        what: "Redis failovers", level: failovers ? "warn" : known(failovers) ? "good" : "idle", number: digits(failovers),
+        state: failovers ? "of late" : known(failovers) ? "none of late" : "no figure",
+        meaning: "Nodes that lost the role of the primary to another one.",
       },
     );
   }
@@ -601,6 +608,15 @@ function showUpkeep(series, of) {
     rows.push({
       ...shareOf(ways.filter(({ value }) => value > 0).length, ways.length, ways.length, "all open"),
       what: "Ways to Redis", meaning: "Hosts that reach the primary.",
+    });
+  }
+  const renewals = of("hothouse_acme_renewal_failed");
+  if (renewals.length) {
+    const failing = renewals.filter(({ value }) => value > 0).map(({ metric }) => metric.instance).sort();
+    rows.push({
+      what: "Certificate renewal", level: failing.length ? "warn" : "good", number: digits(failing.length),
+      state: failing.length ? "failing" : "none failed",
+      meaning: `Hosts whose last attempt at the certificate of these pages failed. ${failing.join(", ")}`.trim(),
     });
   }
   const values = series("hothouse_app", "name");
