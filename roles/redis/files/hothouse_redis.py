@@ -43,7 +43,7 @@ INCOMPLETE = "incomplete"
 ANSWER_SECONDS = 1.0  # that a node may take to answer
 BUSY_SECONDS = 10.0  # that this node's own Redis may take to answer when nobody is kept waiting
 PRIMARY_SECONDS = (
-    60.0  # that a node without data waits for the Sentinels to name another primary, and a replica for it
+    60.0  # that a node without data waits for another primary to be named, and a replica for its own
 )
 REPLACED_SECONDS = 15.0  # that a primary that crashed waits for the Sentinels to replace it
 CAUGHT_UP_SECONDS = 3.0  # that a replica may take to have all that the primary wrote
