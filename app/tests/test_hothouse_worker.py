@@ -177,6 +177,19 @@ def test_what_fails_around_a_task_does_not_hold_its_message_for_ever(
     shim.admin.acl_log_reset()
 
 
+@pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])
+def test_a_task_that_ends_its_process_does_so_four_times_in_every_pool(
+    shim: Redis, tmp_path: Path, pool: str
+) -> None:
+    log = tmp_path / "worker.log"
+    send(("leave", [str(tmp_path / "runs")]), ("say", ["after it"]))
+    with celery(log, *words(pool)):
+        wait_until(lambda: shim.admin.llen("q:dead-letter"), 40)
+        wait_until(lambda: not shim.admin.exists("q:trials", "q:unacked", "q:unacked_index"))
+    assert len((tmp_path / "runs").read_text().splitlines()) == RUNS
+    assert "event=succeeded" in log.read_text()
+
+
 def test_dead_letters_are_listed_put_back_and_dropped(
     shim: Redis, run: Callable[..., int], tmp_path: Path
 ) -> None:

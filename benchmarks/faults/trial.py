@@ -208,7 +208,10 @@ class Trial:
             row.stall = max(row.stall, tasks.stall(span.begin, until))
             row.details += [f"task {number} lost" for number in gone]
             if span.campaign:
-                self._count_mails(row, span.domain, self._report(span.campaign))
+                try:
+                    self._count_mails(row, span.domain, self._report(span.campaign))
+                except Unready as error:
+                    self._problem(f"{span.fault.name}: its campaign was not counted: {error}")
         return Outcome(
             dict(rows), len(tasks.published), tasks.refused, self.recipients * len(spans), self.problems
         )

@@ -96,14 +96,6 @@ def check_groups(
             "hosts.yml of the inventory",
             "make `worker` and `beat` children of `app`",
         )
-    for group in ("mail", "monitor"):
-        near = difflib.get_close_matches(group, {*groups} - nouns, n=1, cutoff=0.7)
-        if near and not groups.get(group):
-            problems.add(
-                f"the group `{near[0]}` means nothing, and `{group}` has no host",
-                "hosts.yml of the inventory",
-                f"rename it to `{group}` if that is what it is meant to be, or to something less like it",
-            )
     for group in ("flower", "monitor"):
         if len(groups.get(group, [])) > 1:
             problems.add(
@@ -587,12 +579,22 @@ class ActionModule(ActionBase):
             f"Tasks are taken from Redis by kombu's own transport, because app_celery_settings: {reason}. A worker "
             "that is killed can lose the task that it is just taking."
         ]
-        return (transport if reason and application["app_transport"] == "hothouse" else []) + [
-            f"Alerts of the host {host} reach nobody: set monitor_mail_to or monitor_webhook_urls."
-            for host in groups.get("monitor", [])
-            if not self._variables(hostvars, host).get("monitor_mail_to")
-            and "monitor_webhook_urls" not in hostvars.raw_get(host)
+        near = difflib.get_close_matches("monitor", set(groups) - {"monitor"}, n=1, cutoff=0.75)
+        misspelled = [
+            f"The group `{near[0]}` means nothing here, and `monitor` has no host, so nothing is monitored."
+            for _ in near
+            if not groups.get("monitor")
         ]
+        return (
+            misspelled
+            + (transport if reason and application["app_transport"] == "hothouse" else [])
+            + [
+                f"Alerts of the host {host} reach nobody: set monitor_mail_to or monitor_webhook_urls."
+                for host in groups.get("monitor", [])
+                if not self._variables(hostvars, host).get("monitor_mail_to")
+                and "monitor_webhook_urls" not in hostvars.raw_get(host)
+            ]
+        )
 
     @staticmethod
     def _specs(roles: Path) -> dict[str, dict[str, Any]]:
@@ -643,8 +645,10 @@ class ActionModule(ActionBase):
         if len(everywhere) > 1:
             addresses = {host: str(values["private_address"]) for host, values in everywhere.items()}
             check_addresses(problems, addresses, where)
-        # Of several nginx hosts with certificates from an ACME server each has a name of its own.
-        own_names = [host for host in groups["nginx"][1:] if everywhere[host].get("nginx_tls") == "acme"]
+        # Of several nginx hosts with certificates from elsewhere each may have a name of its own.
+        own_names = [
+            host for host in groups["nginx"][1:] if everywhere[host].get("nginx_tls", "own_ca") != "own_ca"
+        ]
         for name in COMMON_VARIABLES:
             hosts = [host for host in everywhere if name != "nginx_server_name" or host not in own_names]
             check_common(problems, name, {host: everywhere[host].get(name) for host in hosts}, where)

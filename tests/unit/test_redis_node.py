@@ -387,14 +387,14 @@ def test_a_sentinel_that_knows_nobody_does_not_watch_its_own_redis(node: ModuleT
 def test_a_redis_that_never_answers_is_killed_only_without_data(
     node: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name, value in {"BUSY_SECONDS": 0.1, "PRIMARY_SECONDS": 0.5}.items():
+    for name, value in {"BUSY_SECONDS": 0.1, "PRIMARY_SECONDS": 0.5, "HUNG_SECONDS": 0.8}.items():
         monkeypatch.setattr(node, name, value)
     leave(tmp_path, redis_conf=REPLICA)
     with pytest.raises(ConnectionRefusedError):
         node.ready()
     with socket.create_server((NODES["r1"], node.settings.port)):
         node.ready()
-        assert "Redis runs, but does not answer within 0.5 s" in capsys.readouterr().err
+        assert "Redis runs, but does not answer within 0.8 s" in capsys.readouterr().err
         (tmp_path / "incomplete").touch()
         with pytest.raises(TimeoutError):
             node.ready()

@@ -377,9 +377,9 @@ function operations.delete(...)
   end
   redis.call('ZREM', index, id)
   for _, part in ipairs({'recipients', 'attempts', 'owners', 'replies', 'batches', 'resent', ...}) do
-    redis.call('DEL', key(part))
+    redis.call('UNLINK', key(part))
   end
-  redis.call('DEL', campaign)
+  redis.call('UNLINK', campaign)
 end
 
 local answer = operations[ARGV[1]](unpack(ARGV, 3))

@@ -45,6 +45,7 @@ BUSY_SECONDS = 10.0  # that this node's own Redis may take to answer when nobody
 PRIMARY_SECONDS = (
     60.0  # that a node without data waits for another primary to be named, and a replica for its own
 )
+HUNG_SECONDS = 600.0  # that a Redis with data may answer nothing at all
 REPLACED_SECONDS = 15.0  # that a primary that crashed waits for the Sentinels to replace it
 CAUGHT_UP_SECONDS = 3.0  # that a replica may take to have all that the primary wrote
 HAND_OVER_SECONDS = 10.0  # that a failover may take
@@ -427,10 +428,12 @@ def ready() -> None:
                         promotable(redis)
                         return
         except OSError as error:
-            if late:
-                if empty or not isinstance(error, TimeoutError):
-                    raise
-                say(f"Redis runs, but does not answer within {PRIMARY_SECONDS:g} s")
+            if late and (empty or not isinstance(error, TimeoutError)):
+                raise
+            if time.monotonic() - began > HUNG_SECONDS:
+                say(
+                    f"Redis runs, but does not answer within {HUNG_SECONDS:g} s; it is not promoted before a restart"
+                )
                 return
         time.sleep(POLL_SECONDS)
 
@@ -519,13 +522,25 @@ def hand_over(settings: Settings, redis: Redis, sentinel: Redis) -> None:
     if not any(progress(redis.info("replication"), 0)):
         raise RedisError("no replica is connected")
     began = time.monotonic()
-    redis.ask("CLIENT", "PAUSE", str(int((CAUGHT_UP_SECONDS + HAND_OVER_SECONDS) * 1000)), "WRITE")
+    # Also until it has stopped, if this comes to nothing.
+    redis.ask("CLIENT", "PAUSE", str(int((CAUGHT_UP_SECONDS + HAND_OVER_SECONDS + 60) * 1000)), "WRITE")
     offset = int(redis.info("replication")["master_repl_offset"])
     # All of them, for the Sentinels choose; at least one.
     wait(lambda: all(progress(redis.info("replication"), offset)), CAUGHT_UP_SECONDS)
     if not any(progress(redis.info("replication"), offset)):
         raise RedisError("no replica has all that was written")
-    sentinel.ask("SENTINEL", "FAILOVER", MASTER)
+
+    def begun() -> bool:
+        """Whether it has begun; a Sentinel can take some seconds to hear that a replica may be promoted."""
+        try:
+            return bool(sentinel.ask("SENTINEL", "FAILOVER", MASTER))
+        except RedisError as error:
+            if "NOGOODSLAVE" not in str(error):
+                raise
+            return False
+
+    if not wait(begun, HAND_OVER_SECONDS):
+        raise RedisError("the Sentinels find no replica that is fit")
 
     def successor() -> str | None:
         address = str(sentinel.ask("SENTINEL", "GET-MASTER-ADDR-BY-NAME", MASTER)[0])

@@ -28,6 +28,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError, ResponseError
 
 from hothouse_transport.health import health
+from hothouse_transport.refusals import ELSEWHERE, refusal
 from hothouse_transport.scripts import ACK, FETCH, MOVE, OVERDUE, RENEW, Script
 
 logger = logging.getLogger(__name__)
@@ -46,11 +47,6 @@ OVERDUE_BATCH, OVERDUE_SECONDS = 100, 1.0
 RENEW_BATCH, RENEW_PAUSE_SECONDS = 500, 5.0
 # How long failed deliveries of a message are remembered at least, in seconds.
 REMEMBER_SECONDS = 7 * 24 * 3600
-
-# Refusals that pass by themselves, here or on the server that takes over.
-PASSING = ("NOREPLICAS", "OOM", "READONLY", "MASTERDOWN", "MISCONF", "BUSY", "LOADING", "UNBLOCKED")
-# Of these, the ones that another server may not answer with.
-ELSEWHERE = ("NOREPLICAS", "READONLY", "MASTERDOWN")
 
 
 class Refused(RedisConnectionError):
@@ -74,13 +70,6 @@ def patience() -> Iterator[None]:
 
 class NotReplicated(RedisConnectionError):
     """A message was published, but too few replicas have it. Published again, it may be delivered twice."""
-
-
-def refusal(error: ResponseError) -> str | None:
-    """The code of a refusal that passes by itself."""
-    # A pipeline puts what it did before the text.
-    code = getattr(error, "status_code", None) or str(error).rpartition("caused error: ")[2].partition(" ")[0]
-    return code if code in PASSING else None
 
 
 class _Refusals:
@@ -601,7 +590,7 @@ class Channel(stock.Channel):
             properties = payload.setdefault("properties", {})
             properties.setdefault("delivery_info", {})
             properties["delivery_tag"] = tag
-        except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        except Exception as error:  # also whatever a decoder of the application's own raises
             self._unreadable(tag, queue, error)
             return None
         return payload

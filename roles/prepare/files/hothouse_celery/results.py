@@ -6,10 +6,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from celery._state import get_current_task
 from celery.backends.redis import RedisBackend
 from celery.states import READY_STATES
 from celery.utils.log import get_logger
-from hothouse_transport.channel import ELSEWHERE, refusal
+from hothouse_transport.refusals import ELSEWHERE, refusal
 from redis.exceptions import ResponseError
 
 logger = get_logger(__name__)
@@ -18,6 +19,11 @@ logger = get_logger(__name__)
 # that waits takes no tasks, which is what makes room.
 PATIENCE_SECONDS = 30.0
 PAUSE_SECONDS = 0.5
+
+
+def patience() -> float:
+    """How long to wait for Redis: not where a worker takes its tasks, which is where no task runs."""
+    return PATIENCE_SECONDS if get_current_task() else 0
 
 
 class Backend(RedisBackend):
@@ -35,7 +41,7 @@ class Backend(RedisBackend):
             )
 
         try:
-            return self.persist(store, PATIENCE_SECONDS if state in READY_STATES else 0)
+            return self.persist(store, patience() if state in READY_STATES else 0)
         except ResponseError as error:
             if not refusal(error):
                 raise
@@ -46,7 +52,7 @@ class Backend(RedisBackend):
         def count() -> Any:
             return super(Backend, self).on_chord_part_return(request, state, result, *args, **kwargs)
 
-        return self.persist(count, PATIENCE_SECONDS)
+        return self.persist(count, patience())
 
     def persist(self, ask: Callable[[], Any], seconds: float) -> Any:
         """Ask for as long as Redis refuses for reasons that pass, at most for some seconds."""

@@ -14,7 +14,7 @@ import hothouse_transport
 from billiard.einfo import ExceptionInfo, ExceptionWithTraceback
 from celery.bootsteps import RUN
 from celery.concurrency import prefork, solo
-from celery.exceptions import WorkerLostError
+from celery.exceptions import WorkerLostError, WorkerShutdown, WorkerTerminate
 from celery.utils.log import get_logger
 from celery.worker import state
 from celery.worker.state import task_ready
@@ -39,7 +39,17 @@ def answering(target: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         try:
             return target(*args, **kwargs)
-        except Exception:
+        except (WorkerShutdown, WorkerTerminate):
+            raise
+        except (SystemExit, KeyboardInterrupt, MemoryError) as error:
+            # What would end the process of a pool that has some.
+            reason = WorkerLostError(repr(error))
+        except Exception as error:
+            logger.error("What surrounds a task failed: %r", error)
+            return 1, ExceptionInfo(), 0.0
+        try:
+            raise reason
+        except WorkerLostError:
             return 1, ExceptionInfo(), 0.0
 
     return run
