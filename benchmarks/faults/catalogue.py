@@ -12,8 +12,9 @@ from hosts import Hosts, Unready, wait
 
 # Long enough for Sentinel to notice, to vote and to promote, and for everybody to follow.
 HOLD_SECONDS = 15.0
-# The threads of all workers that send mail: so many mails can be on their way at once.
-MAILS_AT_ONCE = 24
+# The threads of one worker that sends mail, and of all: so many mails can be on their way at once.
+THREADS = 8
+MAILS_AT_ONCE = 3 * THREADS
 
 
 @dataclass
@@ -240,8 +241,8 @@ def mail_server(mode: str) -> Break:
 FAULTS = [
     Fault("SIGKILL of a pool's child", pool_child, hold=2, doubtful=0),
     Fault("SIGKILL of a worker", worker("default"), hold=2, doubtful=0),
-    Fault("SIGKILL of a worker that sends mail", worker("email_senders"), hold=2),
-    Fault("power cut of a worker's host", worker_host, hold=10),
+    Fault("SIGKILL of a worker that sends mail", worker("email_senders"), hold=2, doubtful=THREADS),
+    Fault("power cut of a worker's host", worker_host, hold=10, doubtful=THREADS),
     Fault("power cut of the host that schedules", beat_host, hold=10),
     Fault("power cut of the primary's host", primary_host, failover=True),
     Fault("SIGKILL of the primary", primary_killed, failover=True),
