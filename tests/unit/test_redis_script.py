@@ -44,6 +44,7 @@ class Node:
 
     def __init__(self, folder: Path, *options: str) -> None:
         self.port = free_port()
+        self.script = text("local", "local1", SCRIPT)  # takes Ansible some seconds
         folder.mkdir()
         self.log = (folder / "log").open("w")
         words = [
@@ -76,8 +77,9 @@ class Node:
 
     def figures(self) -> dict[str, float]:
         """Name/label → value, as the exporter gets them."""
-        answer = self("--user", "exporter", "--pass", "any", "--no-auth-warning", "--json", "EVAL",
-                      text("local", "local1", SCRIPT), "0")  # fmt: skip
+        answer = self(
+            "--user", "exporter", "--pass", "any", "--no-auth-warning", "--json", "EVAL", self.script, "0"
+        )
         found = json.loads(answer)
         return dict(zip(found[::2], map(float, found[1::2]), strict=True))
 
