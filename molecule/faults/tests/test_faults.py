@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -36,10 +36,22 @@ def collector(hosts: Hosts) -> Iterator[Collector]:
 
 
 @pytest.fixture(scope="module")
-def outcome(hosts: Hosts, collector: Collector) -> Outcome:
+def report(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Prints figures also when all is well, which pytest would keep to itself."""
+    capture = request.config.pluginmanager.getplugin("capturemanager")
+
+    def show(text: str) -> None:
+        with capture.global_and_fixture_disabled():
+            print(f"\n{text}", flush=True)
+
+    return show
+
+
+@pytest.fixture(scope="module")
+def outcome(hosts: Hosts, collector: Collector, report: Callable[[str], None]) -> Outcome:
     trial = Trial(hosts, collector, SEED, RECIPIENTS, RATE)
     found = trial.run(trial.series(len(FAULTS)))
-    print(f"\n{table(found)}")
+    report(table(found))
     return found
 
 
@@ -81,7 +93,7 @@ def test_no_producer_gets_an_error_or_waits_long(outcome: Outcome) -> None:
 
 
 def test_the_tasks_of_a_host_without_power_are_run_elsewhere_in_time(
-    hosts: Hosts, collector: Collector, outcome: Outcome
+    hosts: Hosts, collector: Collector, outcome: Outcome, report: Callable[[str], None]
 ) -> None:
     tasks = collector.tasks
     host = next(name for name in hosts.groups["worker"] if name != hosts.primary())
@@ -104,7 +116,7 @@ def test_the_tasks_of_a_host_without_power_are_run_elsewhere_in_time(
             f"the redelivery of {theirs}",
             VISIBILITY_SECONDS + 10,
         )
-        print(f"\nredelivered after {time.monotonic() - cut:.1f} s")
+        report(f"redelivered after {time.monotonic() - cut:.1f} s")
     finally:
         hosts.power_on(host)
     wait(lambda: all(n in tasks.ends for n in numbers), "their end", 60)
@@ -126,8 +138,10 @@ def test_a_task_that_kills_whoever_runs_it_ends_in_the_dead_letter_list(
     assert len(collector.tasks.starts[number]) == MOST_RUNS
 
 
-def test_the_settings_that_celery_comes_with_lose_tasks(hosts: Hosts, collector: Collector) -> None:
+def test_the_settings_that_celery_comes_with_lose_tasks(
+    hosts: Hosts, collector: Collector, report: Callable[[str], None]
+) -> None:
     """The control: if this loses nothing either, the tests above prove nothing."""
     lost = control.run(hosts, collector.tasks, kills=5, visibility=VISIBILITY_SECONDS)
-    print(f"\nstock settings and transport: {lost} tasks lost")
+    report(f"stock settings and transport: {lost} of {control.COUNT} tasks lost")
     assert lost > 0
