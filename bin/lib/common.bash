@@ -144,5 +144,5 @@ remove_hosts() {
   mapfile -t names < <(hosts_of "$1" --all)
   ((${#names[@]} == 0)) || as_root podman rm --force --time 0 "${names[@]}" >/dev/null
   if idle_network "$1"; then as_root podman network rm "$1" >/dev/null; fi
-  rm -f "$state/ssh/$1".{config,yml}
+  rm -f "$state/ssh/$1".{config,known_hosts,yml}
 }
