@@ -581,12 +581,11 @@ class ActionModule(ActionBase):
         ]
         near = difflib.get_close_matches("monitor", set(groups) - {"monitor"}, n=1, cutoff=0.75)
         misspelled = [
-            f"The group `{near[0]}` means nothing here, and `monitor` has no host, so nothing is monitored."
-            for _ in near
-            if not groups.get("monitor")
+            f"The group `{group}` means nothing here, and `monitor` has no host, so nothing is monitored."
+            for group in near
         ]
         return (
-            misspelled
+            ([] if groups.get("monitor") else misspelled)
             + (transport if reason and application["app_transport"] == "hothouse" else [])
             + [
                 f"Alerts of the host {host} reach nobody: set monitor_mail_to or monitor_webhook_urls."
@@ -653,12 +652,11 @@ class ActionModule(ActionBase):
             hosts = [host for host in everywhere if name != "nginx_server_name" or host not in own_names]
             check_common(problems, name, {host: everywhere[host].get(name) for host in hosts}, where)
         prepare = self._defaults("prepare")
-        for host in groups["all"]:
-            variables = self._variables(hostvars, host)
+        for variables in everywhere.values():
             check_firewall(problems, {name: variables.get(name, prepare[name]) for name in prepare}, where)
         names: dict[str, str] = {}
         for host in groups["nginx"]:
-            variables = self._variables(hostvars, host)
+            variables = everywhere[host]
             if variables.get("nginx_tls") == "provided":
                 check_certificate(problems, variables, where)
             if variables.get("nginx_tls") == "acme":
@@ -671,12 +669,12 @@ class ActionModule(ActionBase):
                     "leave the page on, or the group `monitor` empty",
                 )
         for host in groups.get("monitor", []):
-            check_monitor(problems, self._variables(hostvars, host), where)
-        check_environment(problems, self._variables(hostvars, groups["app"][0])["app_environment"], where)
+            check_monitor(problems, everywhere[host], where)
+        check_environment(problems, everywhere[groups["app"][0]]["app_environment"], where)
         consumed: dict[str, list[str]] = {}
         published: list[str] = []
         for host in groups["worker"]:
-            variables = self._variables(hostvars, host)
+            variables = everywhere[host]
             pools = variables["worker_pools"]
             check_pools(problems, host, pools, where.get("worker_pools", "worker_pools"))
             for pool in pools:
@@ -693,7 +691,7 @@ class ActionModule(ActionBase):
         check_queues(problems, published, consumed, where)
         check_source(
             problems,
-            str(self._variables(hostvars, groups["app"][0])["app_source"]),
+            str(everywhere[groups["app"][0]]["app_source"]),
             where.get("app_source", "app_source"),
         )
 

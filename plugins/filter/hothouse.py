@@ -236,6 +236,7 @@ def redis_roles(nodes: dict[str, str], said: dict[str, Any]) -> dict[str, Any]:
     lines = {name: [line.strip() for line in result["stdout_lines"]] for name, result in said.items()}
     data = [name for name in nodes if "data" in lines.get(name, [])]
     known = [name for name in nodes if "known" in lines.get(name, [])]
+    missing = [name for name in nodes if name not in lines]
     untouched = "nothing was changed on the redis hosts"
 
     views = []
@@ -253,7 +254,6 @@ def redis_roles(nodes: dict[str, str], said: dict[str, Any]) -> dict[str, Any]:
                 "it back into hosts.yml, make another the primary (`systemctl stop redis-server` on it hands over), "
                 "then take it out."
             )
-        missing = [name for name in nodes if name not in lines]
         if primary in lines and primary not in data and (data or missing):
             whose = f"{', '.join(data)} has" if data else f"{', '.join(missing)} may have"
             raise AnsibleFilterError(
@@ -277,7 +277,7 @@ def redis_roles(nodes: dict[str, str], said: dict[str, Any]) -> dict[str, Any]:
             )
         return {"primary": primary, "deployed": primary not in lines or primary in data, "known": known}
 
-    if missing := [name for name in nodes if name not in lines]:
+    if missing:
         raise AnsibleFilterError(
             f"No Sentinel on {', '.join(lines)} knows a primary of Redis, and {', '.join(missing)} is not part of this "
             f"run (--limit?); {untouched}. Run it with all of them."
