@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import ipaddress
 import re
 import tomllib
@@ -49,6 +50,14 @@ ENVIRONMENT_VARIABLES = (
     "private_services",
     "private_tls",
 )
+
+# The rule of the transport, which is no package of the controller.
+_spec = importlib.util.spec_from_file_location(
+    "hothouse_transport_names", Path(__file__).parents[2] / "transport/src/hothouse_transport/names.py"
+)
+assert _spec and _spec.loader
+queue_names = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(queue_names)
 
 
 class Problems(list[str]):
@@ -140,6 +149,20 @@ def check_pools(problems: Problems, host: str, pools: list[dict[str, Any]], wher
             )
         if names.count(name) > 1:
             problems.add(f"two worker pools of `{host}` are called `{name}`", where, "rename one of them")
+
+
+def check_queue_names(problems: Problems, queues: Mapping[str, list[Any]], where: dict[str, str]) -> bool:
+    """Whether each name can be that of a queue. queues: variable → the names in it."""
+    before = len(problems)
+    for variable, names in queues.items():
+        for name in names:
+            if reason := queue_names.unusable(name):
+                problems.add(
+                    f"no queue can be called {name!r}: {reason}",
+                    f"{variable} ({where.get(variable, 'group_vars')})",
+                    "put it in quotes" if isinstance(name, int | float) else "give the queue another name",
+                )
+    return len(problems) == before
 
 
 def check_queues(
@@ -673,11 +696,19 @@ class ActionModule(ActionBase):
         check_environment(problems, everywhere[groups["app"][0]]["app_environment"], where)
         consumed: dict[str, list[str]] = {}
         published: list[str] = []
+        usable = True
         for host in groups["worker"]:
             variables = everywhere[host]
             pools = variables["worker_pools"]
+            queues = {
+                "worker_pools": [queue for pool in pools for queue in pool["queues"]],
+                "app_default_queue": [variables["app_default_queue"]],
+                "app_task_routes": [route["queue"] for route in variables["app_task_routes"].values()],
+                "app_extra_queues": variables["app_extra_queues"],
+            }
+            usable = check_queue_names(problems, queues, where) and usable
             check_pools(problems, host, pools, where.get("worker_pools", "worker_pools"))
-            for pool in pools:
+            for pool in pools if usable else []:
                 for queue in pool["queues"]:
                     consumed.setdefault(queue, []).append(pool["name"])
             published += [queue for queue in variables["app_queues"] if queue not in published]
@@ -688,7 +719,8 @@ class ActionModule(ActionBase):
                 variables.get("worker_stop_timeout_seconds", defaults["worker_stop_timeout_seconds"])
             )
             check_times(problems, values | {"worker_pools": pools}, where)
-        check_queues(problems, published, consumed, where)
+        if usable:
+            check_queues(problems, published, consumed, where)
         check_source(
             problems,
             str(everywhere[groups["app"][0]]["app_source"]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import ipaddress
+import re
 from pathlib import Path, PurePath
 from string import ascii_lowercase, ascii_uppercase, digits
 from typing import Any
@@ -43,7 +44,7 @@ def worker_instances(pools: list[dict[str, Any]]) -> list[dict[str, Any]]:
         instances += [
             {
                 "name": f"{pool['name']}-{replica}",
-                "options": " ".join(options),
+                "options": options,
                 "queues": list(pool["queues"]),
             }
             for replica in range(1, int(pool.get("replicas", 1)) + 1)
@@ -64,13 +65,22 @@ def transport_obstacle(settings: dict[str, Any]) -> str:
     return ""
 
 
+def environment_words(words: list[str]) -> str:
+    """Words for a variable of an environment file. systemd unquotes twice: in the file, and as a unit splits it."""
+
+    def escape(text: str) -> str:
+        return re.sub(r"""([\\"'])""", r"\\\1", text)
+
+    return escape(escape(" ".join(words)))
+
+
 def worker_files(instances: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Entries for hothouse_files: the options of each instance, read by the unit celery-worker@.service."""
     return [
         {
             "path": f"/etc/hothouse/worker-{instance['name']}.env",
             "content": "# roles/worker: a pool of worker_pools in the inventory\n"
-            f"WORKER_OPTIONS={instance['options']}\n",
+            f"WORKER_OPTIONS={environment_words(instance['options'])}\n",
         }
         for instance in instances
     ]

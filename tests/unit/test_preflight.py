@@ -6,6 +6,7 @@ Each test takes a copy of one of the shipped inventories, breaks one thing and r
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -288,6 +289,40 @@ def test_a_pool_of_a_queue_that_nobody_publishes_to_is_refused(inventory: Invent
 def test_a_queue_that_the_code_publishes_to_by_name_is_accepted(inventory: Inventory) -> None:
     inventory.set(app_task_routes={}, app_extra_queues=["email_senders"])
     assert inventory.check().returncode == 0
+
+
+def test_names_that_no_queue_can_have_are_refused_where_they_are_set(inventory: Inventory) -> None:
+    inventory.set(
+        worker_pools=[{"name": "default", "queues": ["default", "a,b", "unacked", "{{ 'unknown' }}-task"]}],
+        app_default_queue="",
+        app_task_routes={"some.task": {"queue": "two words"}, "other.task": {"queue": 5}},
+        app_extra_queues=["bell\a", "celeryev.x"],
+    )
+    message = inventory.refusal()
+    for variable, name, reason in (
+        ("worker_pools", "'a,b'", "it contains a comma"),
+        ("worker_pools", "'unacked'", "it is reserved"),
+        ("worker_pools", "'unknown-task'", "it is reserved"),
+        ("app_default_queue", "''", "it is empty"),
+        ("app_task_routes", "'two words'", "it contains a space"),
+        ("app_task_routes", "5", "it is no text"),
+        ("app_extra_queues", r"'bell\x07'", "it contains the control character U+0007"),
+        ("app_extra_queues", "'celeryev.x'", "it is reserved"),
+    ):
+        assert re.search(
+            rf"no queue can be called {re.escape(name)}: {re.escape(reason)}[^`]* where: {variable} ", message
+        ), name
+    assert "put it in quotes" in message and "give the queue another name" in message
+
+
+def test_names_beyond_ascii_are_fine(inventory: Inventory) -> None:
+    odd = """it's"$\\x%{ü"""
+    inventory.set(
+        worker_pools=[{"name": "x", "queues": ["почта-ü", odd, "-x"]}],
+        app_default_queue="почта-ü", app_task_routes={"some.täsk": {"queue": odd}}, app_extra_queues=["-x"],
+    )  # fmt: skip
+    done = inventory.check()
+    assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.parametrize("name", ["Default", "with-dash", "a b", ""])

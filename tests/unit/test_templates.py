@@ -184,10 +184,10 @@ def test_instances_are_pools_times_replicas() -> None:
     ]
     instances = filters.worker_instances(pools)
     assert [instance["name"] for instance in instances] == ["a-1", "a-2", "b-1"]
-    assert (
-        instances[0]["options"] == "--queues=x,y --concurrency=3 --pool=prefork --max-memory-per-child=10240"
-    )
-    assert instances[2]["options"] == "--queues=z --concurrency=2 --pool=threads --time-limit=30"
+    assert instances[0]["options"] == [
+        "--queues=x,y", "--concurrency=3", "--pool=prefork", "--max-memory-per-child=10240",
+    ]  # fmt: skip
+    assert instances[2]["options"] == ["--queues=z", "--concurrency=2", "--pool=threads", "--time-limit=30"]
     hosts = [{"inventory_hostname": name, "worker_pools": pools} for name in ("w1", "w2")]
     assert filters.worker_names(hosts) == ["a-1@w1", "a-2@w1", "b-1@w1", "a-1@w2", "a-2@w2", "b-1@w2"]
 
