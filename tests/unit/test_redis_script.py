@@ -13,6 +13,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -66,6 +67,14 @@ class Node:
             ["redis-cli", "-p", str(self.port), *words], capture_output=True, text=True, check=False
         )
         return done.stdout.strip()
+
+    def send(self, words: list[bytes]) -> None:
+        """A command of any bytes."""
+        with socket.create_connection(("127.0.0.1", self.port)) as connection:
+            connection.sendall(
+                b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%b\r\n" % (len(word), word) for word in words)
+            )
+            assert connection.recv(100).startswith(b":")
 
     def write(self, *words: str) -> int:
         """Write something; the number of replicas that have it. WAIT counts what its own connection wrote."""
@@ -150,12 +159,82 @@ def test_a_single_server_says_everything(node: Callable[..., Node]) -> None:
     assert single("ACL", "LOG") == ""
 
 
-def test_a_gauge_of_another_type_costs_no_other_figure(node: Callable[..., Node]) -> None:
+def test_a_key_of_another_type_costs_its_own_figure_and_is_reported(node: Callable[..., Node]) -> None:
     single = node("single")
-    single("SET", GAUGE, "text")
+    everything = set(single.figures())
+    keys = [
+        "q:default", "q:unacked", "q:unacked_index", "q:dead-letter", "q:unknown-task", "q:unknown-task.names",
+        "q:_kombu.binding.reply.celery.pidbox", "redbeat::schedule", "redbeat:schedulers", GAUGE,
+    ]  # fmt: skip
+    for key in keys:
+        single("SET", key, "text")
     found = single.figures()
-    assert "app/ambiguous_recipients" not in found
-    assert found["queue_messages/default"] == 0
+    assert {f"unreadable/{key}" for key in keys} == {name for name in found if name.startswith("unreadable/")}
+    assert everything - set(found) == {
+        "queue_messages/default", "queue_oldest_seconds/default", "unacked_messages/", "dead_letters/",
+        "unknown_tasks/", "reply_queues/", "schedulers/", "app/ambiguous_recipients",
+    }  # fmt: skip
+    assert found["queue_messages/email_senders"] == 0
+
+
+def test_whatever_a_queue_holds_is_counted(node: Callable[..., Node]) -> None:
+    single = node("single")
+    odd = (
+        "5",
+        "null",
+        '"text"',
+        "[]",
+        '{"headers": null}',
+        '{"headers": {"published": []}}',
+        "[" * 2000,
+        "\udcff",
+    )
+    for count, message in enumerate(odd, 1):
+        single("RPUSH", "q:default", message)  # where workers take from
+        found = single.figures()
+        assert found["queue_messages/default"] == count, message
+        assert "queue_oldest_seconds/default" not in found, message
+
+
+def test_tasks_that_no_release_knows_are_named(node: Callable[..., Node]) -> None:
+    single = node("single")
+    names = {"shop.new": 3, "täsk.почта-🛒": 1, '<b>"{{ x }}"\\': 2, "x" * 100: 4}
+    for name, count in names.items():
+        single("HSET", "q:unknown-task.names", name, str(count))
+    single("LPUSH", "q:unknown-task", *["{}"] * sum(names.values()))
+    found = single.figures()
+    assert found["unknown_tasks/"] == 10
+    assert {name: value for name, value in found.items() if name.startswith("unknown_task/")} == {
+        f"unknown_task/{name}": count for name, count in names.items()
+    }
+    assert single("ACL", "LOG") == ""
+
+
+def test_a_task_s_name_is_whatever_somebody_sent(node: Callable[..., Node]) -> None:
+    """What becomes of any bytes is a label of one line that Prometheus takes, and there are no more than 50."""
+    single, random, names = (
+        node("single"),
+        Random(9),
+        {b"": 1, b"\xed\xa0\x80": 1, "x\u202e\u2028\x85".encode(): 1},
+    )
+    pieces = [b"", b"\n", b"\0", b"\xff", "ü".encode(), "🛒".encode()[:3], b"}", b'"', b"y" * 99, b"z" * 5000]
+    while len(names) < 3000:
+        noise = bytes(random.randrange(256) for _ in range(random.randrange(40)))
+        names[random.choice(pieces) + noise + random.choice(pieces)] = random.randrange(1, 9)
+    for begin, end in ((0, 60), (60, 3000)):  # kept by Redis as a short list, and as a table
+        some = list(names.items())[begin:end]
+        words = [
+            b"HSET",
+            b"q:unknown-task.names",
+            *(part for name, count in some for part in (name, b"%d" % count)),
+        ]
+        single.send(words)
+        labels = [name.removeprefix("unknown_task/") for name in single.figures() if "unknown_task/" in name]
+        assert len(labels) == 50
+        for label in labels:
+            assert label.encode() and not re.search(r"[\x00-\x1f\x7f-\x9f]", label) and len(label) <= 103, (
+                label
+            )
 
 
 def test_figures_come_from_the_primary_alone_and_follow_a_failover(
