@@ -102,8 +102,7 @@ const dayAndClock = new Intl.DateTimeFormat(language, {
 const minutes = new Intl.DateTimeFormat(language, { hour: "2-digit", minute: "2-digit" });
 const days = new Intl.DateTimeFormat(language, { day: "numeric", month: "short" });
 const NONE = "–";
-// A task of whose beginning Flower heard nothing: it knows no name of it.
-const NAMELESS = "(unknown)";
+const NAMED = 10; // tasks that no release knows: as many are named
 
 const known = (value) => typeof value === "number" && Number.isFinite(value);
 
@@ -317,8 +316,9 @@ const STATES = { SUCCESS: "good", FAILURE: "bad", RETRY: "warn", REJECTED: "warn
 function showTasks() {
   const wanted = choice.name.toLowerCase();
   const tasks = shownTasks.filter(
+    // A task of whose beginning Flower heard nothing has no name.
     ({ name, state }) =>
-      (!choice.state || state === choice.state) && (!wanted || (name ?? "").toLowerCase().includes(wanted)),
+      name && (!choice.state || state === choice.state) && (!wanted || name.toLowerCase().includes(wanted)),
   );
   const time = (unix) => ({
     text: known(unix) ? moment(unix) : NONE, class: "number", make: () => (known(unix) ? timeElement(unix) : NONE),
@@ -326,13 +326,12 @@ function showTasks() {
   fillTable(
     $("tasks-table"),
     tasks.map((task) => {
-      const name = task.name ?? NAMELESS;
       const args = [task.args, task.kwargs].filter((part) => part && !["()", "[]", "{}"].includes(part)).join(" ");
       const link = `${settings.config.flower}task/${encodeURIComponent(task.uuid)}`;
       return {
         key: task.uuid,
         cells: [
-          { text: name, make: () => breakable(name) },
+          { text: task.name, make: () => breakable(task.name) },
           { text: task.uuid, class: "code", make: () => element("a", { href: link }, task.uuid) },
           { text: task.state, make: () => mark(STATES[task.state] ?? "idle", task.state) },
           time(task.received),
@@ -351,7 +350,7 @@ function showTasks() {
 /** Names to choose from in the filter. */
 function offerNames(names) {
   const before = taskNames.size;
-  for (const name of names) if (name) taskNames.add(name);
+  for (const name of names) taskNames.add(name);
   if (taskNames.size === before) return;
   $("names").replaceChildren(...[...taskNames].sort().map((value) => element("option", { value })));
 }
@@ -370,8 +369,8 @@ async function query(expression) {
 
 /** Seconds since each job was last scraped with success, looked at every 15 s for an hour. */
 const SCRAPED = 'time() - max by (job) (max_over_time((time() * (up{job=~"flower|redis"} == 1))[1h:15s]))';
-const OURS = '{__name__=~"hothouse:task_.+|hothouse_queue_.+|hothouse_unacked_.+|hothouse_dead_letters|hothouse_schedulers|' +
-  'hothouse_app|hothouse_hung_service|hothouse_watchdog_restarts_total|hothouse_sentinels|' +
+const OURS = '{__name__=~"hothouse:task_.+|hothouse_queue_.+|hothouse_unacked_.+|hothouse_dead_letters|hothouse_unknown_tasks?|' +
+  'hothouse_schedulers|hothouse_app|hothouse_hung_service|hothouse_watchdog_restarts_total|hothouse_sentinels|' +
   'hothouse_redis_(primary|primaries|replicas|sentinels)|hothouse_acme_renewal_failed|' +
   'redis_(up|master_link_up|memory_used_bytes|memory_max_bytes)|haproxy_backend_active_servers"}';
 /** What ended within the window, counted as the alerts count it. */
@@ -391,7 +390,7 @@ async function readPrometheus() {
   gathered.scraped = new Map(scraped.map(({ metric, value }) => [metric.job, value]));
   showAlerts(alerts.data.alerts);
   const series = (name, label) =>
-    new Map(ours.filter(({ metric }) => metric.__name__ === name).map(({ metric, value }) => [metric[label] ?? NAMELESS, value]));
+    new Map(ours.filter(({ metric }) => metric.__name__ === name).map(({ metric, value }) => [metric[label] ?? "", value]));
   showTypes({
     succeeded: eventsOf(events, "task-succeeded"),
     failed: eventsOf(events, "task-failed"),
@@ -423,8 +422,8 @@ async function readPrometheus() {
 const eventsOf = (events, type) =>
   new Map(
     events
-      .filter(({ metric, value }) => metric.type === type && (metric.task || value >= 0.5))
-      .map(({ metric, value }) => [metric.task ?? NAMELESS, Math.round(value)]),
+      .filter(({ metric }) => metric.type === type && metric.task)
+      .map(({ metric, value }) => [metric.task, Math.round(value)]),
   );
 
 /** Prometheus answers, but has not read this job for three rounds. */
@@ -568,8 +567,13 @@ function showUpkeep(series, of) {
   const rows = [
     {
       ...limitOf(only("hothouse_dead_letters"), thresholds.dead_letters, "set aside"), what: "Dead letters",
-      meaning: "Messages that are not tried again, since whoever took them was killed. To see them: ",
+      meaning: "Messages that are not tried again: no worker can run them, or whoever took them was killed. To see them: ",
       command: "hothouse-run python -m hothouse_celery dead-letters",
+    },
+    {
+      ...limitOf(only("hothouse_unknown_tasks"), 0, "set aside"), what: "Unknown tasks",
+      meaning: `Messages of tasks that no release knows. ${counted(series("hothouse_unknown_task", "task"))}When one knows them: `,
+      command: "hothouse-run python -m hothouse_celery dead-letters --requeue --unknown",
     },
     {
       what: "Watchdog restarts", level: hung.length ? "warn" : "good", number: digits(restarts),
@@ -643,6 +647,14 @@ function showUpkeep(series, of) {
   );
 }
 
+/** Names with their counts, the most frequent first, as a sentence. */
+function counted(counts) {
+  const all = [...counts].sort(([one, many], [other, more]) => more - many || one.localeCompare(other));
+  const said = all.slice(0, NAMED).map(([name, count]) => `${name} (${whole.format(count)})`);
+  if (all.length > NAMED) said.push(plural(all.length - NAMED, "more name"));
+  return said.length ? `${said.join(", ")}. ` : "";
+}
+
 /** State and number of something of which there may be `limit`; undefined is no limit. */
 function limitOf(value, limit, excess) {
   const over = value > limit;
@@ -667,12 +679,13 @@ const limited = (text, over, more = "") => ({
 
 function showTypes({ succeeded, failed, success, failure, average, p95 }) {
   const { thresholds } = settings.config;
-  const names = [...new Set([...succeeded.keys(), ...failed.keys(), ...average.keys()])].sort();
+  const limits = new Map(Object.entries(thresholds.runtime_seconds));
+  const names = [...new Set([...succeeded.keys(), ...failed.keys(), ...average.keys()])].filter(Boolean).sort();
   const rows = names.map((name) => {
     const failures = failed.get(name) ?? 0;
     const runs = (succeeded.get(name) ?? 0) + failures;
     const row = {
-      name, runs, failures, limit: thresholds.runtime_seconds[name],
+      name, runs, failures, limit: limits.get(name),
       success: scale(success.get(name)), failure: scale(failure.get(name)),
       average: average.get(name), p95: p95.get(name),
     };
@@ -812,7 +825,7 @@ function concrete(expression, step) {
     .replaceAll("$__interval", `${step}s`);
 }
 
-const fillIn = (legend, labels) => legend.replace(/\{\{\s*(\w+)\s*\}\}/g, (_, name) => labels[name] ?? NAMELESS);
+const fillIn = (legend, labels) => legend.replace(/\{\{\s*(\w+)\s*\}\}/g, (_, name) => labels[name] ?? "");
 
 /** The lines of every plot over the chosen range, all on the same points in time. */
 async function readPlots() {
@@ -843,7 +856,7 @@ async function readLines({ expr, legend, dashed = false }, { start, end, step, t
       if (Number.isFinite(value)) line[Math.round((time - start) / step)] = value;
     }
     const kind = metric.queue === undefined ? "task" : "queue";
-    return { kind, name: metric[kind] ?? NAMELESS, legend: fillIn(legend, metric), dashed, values: line };
+    return { kind, name: metric[kind] ?? "", legend: fillIn(legend, metric), dashed, values: line };
   });
 }
 
