@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
@@ -181,6 +182,37 @@ def test_what_fails_around_a_task_does_not_hold_its_message_for_ever(
     assert "NoPermissionError" in log.read_text()
     shim.admin.acl_deluser("narrow")
     shim.admin.acl_log_reset()
+
+
+@pytest.mark.parametrize("pool", ["prefork", "threads"])
+def test_every_event_of_a_task_has_its_name(shim: Redis, tmp_path: Path, pool: str) -> None:
+    """Flower counts what has none under no name, when it did not hear of the task's beginning."""
+    queue, log = "почта-ü", tmp_path / "worker.log"
+    shim.admin.delete(f"q:{queue}")
+    calls = {"grüßen": ["you"], "fail": [0, "bad"], "again": ["x"]}
+    with shim.admin.pubsub() as events:
+        events.psubscribe("q:/0.celeryev/*")
+        with celery(log, *words(pool), "--task-events", "--queues", queue):
+            code = (
+                "import hothouse_celery, json, sys\n"
+                "for name, args in json.load(sys.stdin).items():\n"
+                "    hothouse_celery.app.send_task(f'trials.{name}', args, queue=sys.argv[1])"
+            )
+            sent = python("-c", code, queue, input=json.dumps(calls))
+            assert not sent.returncode, sent.stderr
+            books = (f"q:{queue}", "q:unacked", "q:unacked_index")
+            wait_until(
+                lambda: not shim.admin.exists(*books) and log.read_text().count("event=succeeded") >= 2, 40
+            )
+        found: list[dict[str, Any]] = []
+        while item := events.get_message(timeout=0.5):
+            if item["type"] == "pmessage":
+                heard = json.loads(base64.b64decode(json.loads(item["data"])["body"]))
+                found += heard if isinstance(heard, list) else [heard]
+    tasks = [event for event in found if event["type"].startswith("task-")]
+    kinds = {"received", "started", "succeeded", "failed", "retried"}
+    assert {f"task-{kind}" for kind in kinds} <= {event["type"] for event in tasks}
+    assert {event.get("name") for event in tasks} == {f"trials.{name}" for name in calls}
 
 
 @pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])

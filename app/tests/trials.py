@@ -22,6 +22,11 @@ def say(message: str) -> str:
     return f"said {message}"
 
 
+@app.task(name="trials.grüßen")
+def greet(name: str) -> str:
+    return f"hello {name}"
+
+
 @app.task
 def warn(message: str) -> None:
     warnings.warn(message, stacklevel=1)

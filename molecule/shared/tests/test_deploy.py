@@ -119,7 +119,8 @@ def test_another_login_restarts_flower_and_nothing_else(stack: Stack, restored_l
 
 
 def test_a_pool_that_is_taken_out_of_the_inventory_is_stopped(stack: Stack, wait: Callable[..., Any]) -> None:
-    pools = [{"name": "only", "queues": ["default", "email_senders"], "pool": "threads", "concurrency": 4}]
+    queues = stack.variables["local1"]["app_queues"]
+    pools = [{"name": "only", "queues": queues, "pool": "threads", "concurrency": 4}]
     extra = Path(stack.credentials_file.parent / "pools.yml")
     extra.write_text(f"worker_pools: {pools}\n")
     try:

@@ -93,6 +93,10 @@ class Request(celery.worker.request.Request):
     header `losses` of the message that Celery sends for the next try.
     """
 
+    def send_event(self, type: str, **fields: Any) -> None:
+        """With the task's name each time, for who did not hear of its beginning."""
+        super().send_event(type, **{"name": self.name, **fields})
+
     def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> Any:
         if not state.should_terminate and self.again() and self.lost(exc_info.exception):
             try:
