@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 import yaml
 from conftest import BUNDLE
-from test_templates import text
+from test_preflight import Inventory
+from test_templates import rendered, text
 
 SCRIPT = "/etc/hothouse/hothouse.lua"
 GAUGE = "app:campaigns:ambiguous"
@@ -43,9 +44,9 @@ def free_port() -> int:
 class Node:
     """A server on loopback, and what the script finds in it."""
 
-    def __init__(self, folder: Path, *options: str) -> None:
+    def __init__(self, folder: Path, *options: str, inventory: str = "local") -> None:
         self.port = free_port()
-        self.script = text("local", "local1", SCRIPT)  # takes Ansible some seconds
+        self.script = text(inventory, "local1", SCRIPT)  # takes Ansible some seconds
         folder.mkdir()
         self.log = (folder / "log").open("w")
         words = [
@@ -125,8 +126,8 @@ def node(tmp_path: Path) -> Iterator[Callable[..., Node]]:
     """Makes a server by name; all of them are killed afterwards."""
     nodes: list[Node] = []
 
-    def make(name: str, *options: str) -> Node:
-        nodes.append(Node(tmp_path / name, *options))
+    def make(name: str, *options: str, **inventory: str) -> Node:
+        nodes.append(Node(tmp_path / name, *options, **inventory))
         return nodes[-1]
 
     yield make
@@ -194,6 +195,53 @@ def test_whatever_a_queue_holds_is_counted(node: Callable[..., Node]) -> None:
         found = single.figures()
         assert found["queue_messages/default"] == count, message
         assert "queue_oldest_seconds/default" not in found, message
+
+
+def test_any_name_that_a_queue_can_have_is_the_same_in_every_file(
+    node: Callable[..., Node], tmp_path: Path
+) -> None:
+    """Where systemd, Lua, YAML and Prometheus read it, each with quotes and escapes of its own."""
+    random, names = (
+        Random(9),
+        ["почта-ü", "it's", '"', "\\", "yes", "5", "-x", "#", "*a", "{b:1}", "%h", "🛒", "a:b/c;d"],
+    )
+    for _ in range(30):
+        letters = "\"'\\$%#{}[]<>&*!|:;=@~^/?.ab\u00e9\u0416\u4e2d\U0001f6d2"
+        names.append("".join(random.choices(letters, k=9)))
+    inventory = Inventory(tmp_path / "inventories", "local")
+    task = 'tasks."täglich": \\ #'
+    inventory.set(
+        worker_pools=[{"name": "all", "queues": names}], app_default_queue=names[0], app_extra_queues=names,
+        app_task_routes={}, monitor_runtime_seconds={task: 5},
+    )  # fmt: skip
+    files = rendered(str(inventory.path))["local1"]
+    [line] = re.findall("^WORKER_OPTIONS=(.*)$", files["/etc/hothouse/worker-all-1.env"], re.MULTILINE)
+    # As systemd does: once for the file, once as it splits.
+    assert shlex.split(re.sub(r"\\(.)", r"\1", line))[0] == f"--queues={','.join(names)}"
+    assert json.loads(files["/opt/hothouse/overview/config.json"])["queues"] == names
+    rules = {}
+    for name in ("records", "alerts"):
+        path = tmp_path / f"{name}.yml"
+        path.write_text(files[f"/etc/prometheus/hothouse/{name}.yml"])
+        subprocess.run(["promtool", "check", "rules", path], capture_output=True, check=True)
+        rules[name] = [
+            rule for group in yaml.safe_load(path.read_text())["groups"] for rule in group["rules"]
+        ]
+    assert [
+        rule["labels"]["queue"] for rule in rules["records"] if rule["record"] == "hothouse_expected_worker"
+    ] == names
+    assert task in [rule["labels"].get("task") for rule in rules["records"] if "labels" in rule]
+    [slow] = [rule["expr"] for rule in rules["alerts"] if rule["alert"] == "TaskSlow"]
+    assert json.loads(re.findall("task=(.*)} > 5$", slow)[0]) == task
+
+    single = node("single", inventory=str(inventory.path))
+    for name in names:
+        single("LPUSH", f"q:{name}", "{}")
+    assert {name: 1 for name in names} == {
+        name.removeprefix("queue_messages/"): value
+        for name, value in single.figures().items()
+        if name.startswith("queue_messages/")
+    }
 
 
 def test_tasks_that_no_release_knows_are_named(node: Callable[..., Node]) -> None:

@@ -6,6 +6,7 @@ import base64
 import http.client
 import json
 import os
+import shlex
 import socket
 import ssl
 import subprocess
@@ -235,7 +236,7 @@ class Stack:
 
     def ping(self, queue: str) -> str:
         """Send a task through a queue with the application's own settings; the name of the host that ran it."""
-        done = self.first("app").run(f"hothouse-run python -m hothouse_celery ping {queue}")
+        done = self.first("app").run(f"hothouse-run python -m hothouse_celery ping {shlex.quote(queue)}")
         assert done.rc == 0, done.stderr
         return json.loads(done.stdout)[queue]
 

@@ -272,6 +272,16 @@ def dead_letters(stack: Stack) -> Iterator[None]:
 
 
 @contextmanager
+def unknown_task(stack: Stack) -> Iterator[None]:
+    stack.redis("LPUSH", "q:unknown-task", "{}")
+    stack.redis("HSET", "q:unknown-task.names", "campaigns.tasks.new", "1")
+    try:
+        yield
+    finally:
+        stack.redis("DEL", "q:unknown-task", "q:unknown-task.names")
+
+
+@contextmanager
 def ambiguous_recipients(stack: Stack) -> Iterator[None]:
     stack.redis("ZADD", "app:campaigns:ambiguous", "1", "test/1")
     try:
@@ -326,12 +336,13 @@ LIMITED: dict[str, tuple[list[Trouble], set[str]]] = {
             little_memory,
             unwritable_disk,
             dead_letters,
+            unknown_task,
             ambiguous_recipients,
         ],
         {
             "WorkersMissing", "QueueWithoutConsumer", "QueueGrowing", "QueueLong", "QueueOld", "BeatDown", "BeatLate",
-            "ReplyQueuesOrphaned", "DeadLetters", "AppGaugeHigh", "RedisAccessDenied", "RedisMemoryHigh",
-            "RedisPersistenceFailing",
+            "ReplyQueuesOrphaned", "DeadLetters", "UnknownTasks", "AppGaugeHigh", "RedisAccessDenied",
+            "RedisMemoryHigh", "RedisPersistenceFailing",
         },
     ),
 }  # fmt: skip
@@ -362,10 +373,12 @@ SEVERAL_HOSTS = {
     "HostCertificateExpiring", "RedisFailedOver", "RedisNoPrimary", "RedisNoReplica", "RedisReplicaMissing",
     "RedisUnreachable", "SentinelMissing", "SentinelWithoutQuorum",
 }  # fmt: skip
-# Made where a certificate comes from an ACME server, a service hung, or hosts talk to each other.
+# Made where a certificate comes from an ACME server, a service hung, a key has another type, a task is unknown, or
+# hosts talk to each other.
 SOMETIMES = {
     "haproxy_backend_active_servers", "hothouse_acme_expiry_timestamp_seconds", "hothouse_acme_renewal_failed",
-    "hothouse_certificate_expiry_timestamp_seconds", "hothouse_hung_service",
+    "hothouse_certificate_expiry_timestamp_seconds", "hothouse_hung_service", "hothouse_redis_unreadable",
+    "hothouse_unknown_task",
 }  # fmt: skip
 # Their mails hold back others, or are held back.
 IN_THE_WAY = {"HostDown", "NginxDown", "FlowerDown", "DoorOpen", "PublicUrlFailing"}

@@ -65,6 +65,7 @@ def test_queues_are_counted_where_they_are(stack: Stack, wait: Callable[..., Any
         "reply_queues",
         "beat_late_seconds",
         "dead_letters",
+        "unknown_tasks",
         "schedulers",
         "app",
     ):

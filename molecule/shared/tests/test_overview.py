@@ -150,8 +150,7 @@ def prometheus(stack: Stack, expression: str, moment: str | None = None) -> list
 
 def by_label(stack: Stack, expression: str, label: str, moment: str | None = None) -> dict[str, float]:
     return {
-        found["metric"].get(label, "(unknown)"): float(found["value"][1])
-        for found in prometheus(stack, expression, moment)
+        found["metric"][label]: float(found["value"][1]) for found in prometheus(stack, expression, moment)
     }
 
 
@@ -218,11 +217,18 @@ def differences(stack: Stack, page: Page) -> list[str]:
     shown = table(page, "upkeep")
     upkeep = {
         "Dead letters": "hothouse_dead_letters",
+        "Unknown tasks": "hothouse_unknown_tasks",
         "Schedulers": "hothouse_schedulers",
         "Watchdog restarts": "sum(hothouse_watchdog_restarts_total) or vector(0)",
         "Ambiguous recipients": 'hothouse_app{name="ambiguous_recipients"}',
     }
-    if list(shown) != ["Dead letters", "Watchdog restarts", "Schedulers", "Ambiguous recipients"]:
+    if list(shown) != [
+        "Dead letters",
+        "Unknown tasks",
+        "Watchdog restarts",
+        "Schedulers",
+        "Ambiguous recipients",
+    ]:
         found.append(f"upkeep: {list(shown)}")
     for what, expression in upkeep.items():
         [result] = prometheus(stack, expression, moment)
@@ -243,8 +249,7 @@ def differences(stack: Stack, page: Page) -> list[str]:
             compare(f"{task} success", row["Success"], 100 * ratio)
         compare(f"{task} average", row["Average"], rules["runtime_seconds:avg"].get(task))
         compare(f"{task} p95", row["p95"], rules["runtime_seconds:p95"].get(task))
-    # Flower counts a task of whose beginning it heard nothing under no name.
-    if set(shown) - {"(unknown)"} != (set(runs) | set(rules["runtime_seconds:avg"])) - {"(unknown)"}:
+    if set(shown) != set(runs) | set(rules["runtime_seconds:avg"]):
         found.append(f"task types: {sorted(shown)} instead of {sorted(runs)}")
     tile = page.locator("#tile-failures .value").inner_text()
     failed, ran = (sum(round(one) for one in some.values()) for some in (failures, runs))
@@ -263,7 +268,7 @@ def differences(stack: Stack, page: Page) -> list[str]:
         for row, task in zip(rows, tasks.values(), strict=True):
             said = [page.evaluate("Date.parse", moment) / 1000 for moment in row[3:5]]
             moments = pytest.approx([task["received"], task["started"]], rel=0, abs=0.002)
-            if [row[0], row[2]] != [task["name"] or "(unknown)", task["state"]] or said != moments:
+            if [row[0], row[2]] != [task["name"], task["state"]] or said != moments:
                 found.append(f"task {row}: {task}")
             compare(f"runtime of {row[1]}", row[5], task["runtime"])
             if task["args"] != "()" and not row[6].startswith(task["args"]):
@@ -355,6 +360,44 @@ def test_what_needs_a_hand_is_counted_and_says_where_to_look(
     finally:
         stack.redis("DEL", "q:dead-letter")
         stack.redis("ZREM", "app:campaigns:ambiguous", "test/1", "test/2")
+
+
+def test_tasks_that_no_release_knows_are_named_whatever_they_are_called(
+    stack: Stack, rest: None, visit: Callable[..., Visit], wait: Callable[..., Any]
+) -> None:
+    names = {MARKUP: 3, "shop.täglich_почта{{ x }}": 2, "shop." + "x" * 500: 2}
+    names |= {f"shop.more{number:02}": 1 for number in range(60)}
+    key = "q:unknown-task"
+    stack.redis("LPUSH", key, *["{}"] * sum(names.values()))
+    stack.redis("HSET", f"{key}.names", *(str(word) for pair in names.items() for word in pair))
+    try:
+        # What the exporter makes of them is exposition that Prometheus takes, each with its name.
+        counts: dict[str, float] = {}
+
+        def seen() -> bool:
+            counts.update(by_label(stack, "hothouse_unknown_task", "task"))
+            return len(counts) == 50
+
+        wait(seen, "the names in Prometheus", 60)
+        assert counts[MARKUP] == 3 and set(counts) < {*names, "shop." + "x" * 95 + "..."}
+        assert [job["metric"]["job"] for job in prometheus(stack, "up == 0")] == []
+        page = visit().open()
+        wait(lambda: table(page, "upkeep")["Unknown tasks"]["Now"] == "67", "the unknown tasks", 60)
+        row = table(page, "upkeep")["Unknown tasks"]
+        assert row["State"] == "set aside"
+        assert f"{MARKUP} (3), shop." in row["Meaning"] and "(1), others. " in row["Meaning"]
+        assert row["Meaning"].endswith(
+            "hothouse-run python -m hothouse_celery dead-letters --requeue --unknown"
+        )
+        assert page.locator("#upkeep-table img").count() == 0
+        # So is each alert about one of them.
+        summary = f"3 messages of the task {MARKUP} were set aside: no release knows it"
+        wait(lambda: summary in page.locator("#alerts-list li span").all_inner_texts(), "the alert", 60)
+        assert violations(page) == []
+        page.set_viewport_size(PHONE)
+        assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+    finally:
+        stack.redis("DEL", key, f"{key}.names")
 
 
 NODES = ["redis1", "redis2", "redis3"]

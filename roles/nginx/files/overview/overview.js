@@ -651,7 +651,7 @@ function showUpkeep(series, of) {
 function counted(counts) {
   const all = [...counts].sort(([one, many], [other, more]) => more - many || one.localeCompare(other));
   const said = all.slice(0, NAMED).map(([name, count]) => `${name} (${whole.format(count)})`);
-  if (all.length > NAMED) said.push(plural(all.length - NAMED, "more name"));
+  if (all.length > NAMED) said.push("others");
   return said.length ? `${said.join(", ")}. ` : "";
 }
 
