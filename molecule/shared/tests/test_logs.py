@@ -115,3 +115,12 @@ def test_the_journal_is_bounded_in_size_and_time(stack: Stack) -> None:
             'date --date="$(systemctl show --value -p ExecMainStartTimestamp systemd-journald)" +%s'
         )
         assert int(started) >= int(written), name
+
+
+def test_the_journal_outlives_a_reboot(stack: Stack) -> None:
+    """Each host was rebooted before these tests: its oldest line is older than the present run of systemd."""
+    for name in stack.variables:
+        host = stack.host(name)
+        oldest = float(host.check_output("journalctl --quiet --output=short-unix | head -n 1").split()[0])
+        booted = host.check_output("systemctl show --timestamp=unix --value --property=UserspaceTimestamp")
+        assert oldest < int(booted.removeprefix("@")), name
