@@ -55,6 +55,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
         },
     },
     "ca_file": {"type": "str"},
+    "exclusive": {"type": "str"},
 }
 
 
@@ -147,6 +148,15 @@ class Document:
             lines[-1] += "\n"
         self.replace("".join([*lines[:first], self.render(indent, name, value), *lines[last:]]), name)
 
+    def remove(self, name: str) -> None:
+        """Takes a value out, if the dictionary is a block with others in it; otherwise it stays."""
+        assert self.mapping is not None
+        if getattr(self.mapping, "flow_style", True) or len(self.entries) == 1:
+            return
+        key, node = self.entries[name]
+        lines = self.text.splitlines(keepends=True)
+        self.replace("".join([*lines[: key.start_mark.line], *lines[self.end_line(node) :]]), name)
+
     @staticmethod
     def end_line(node: yaml.Node) -> int:
         """The number of the first line after a value."""
@@ -178,11 +188,12 @@ class Authority:
     def __init__(self, document: Document) -> None:
         """Takes the authority from the credentials, or makes it and adds it to them."""
         self.generated: list[str] = []
+        self.path = document.path
+        self.key: Any = None
         if document.has("ca_certificate") and not document.has("ca_key"):
-            raise AnsibleActionFail(
-                f"{document.path} holds `ca_certificate` but not its `ca_key`. Add the key, or remove the "
-                f"certificate to have a new authority generated."
-            )
+            # After a lost controller: the hosts know the certificate only. What it has issued is still good.
+            self.certificate = load_certificate(document, "ca_certificate")
+            return
         if not document.has("ca_key"):
             document.set("ca_key", private_pem(ec.generate_private_key(ec.SECP256R1())))
             self.generated.append("ca_key")
@@ -232,7 +243,13 @@ class Authority:
     def issue(
         self, subject: str, names: list[x509.GeneralName], uses: x509.ExtendedKeyUsage
     ) -> tuple[str, str]:
-        """Key and certificate of a host, in PEM."""
+        """Key and certificate of a host, in PEM. Raises AnsibleActionFail if the authority's key is not there."""
+        if self.key is None:
+            raise AnsibleActionFail(
+                f"The certificate of `{subject}` has to be issued, and {self.path} holds `ca_certificate` but not its "
+                f"`ca_key`; nothing was changed. Add the key, or have a new authority generated: rename "
+                f"`ca_certificate` to `ca_certificate_old` and see docs/encryption.md, Another CA."
+            )
         key = ec.generate_private_key(ec.SECP256R1())
         days = min(CERTIFICATE_DAYS, days_left(self.certificate))
         authority = x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key())
@@ -395,6 +412,28 @@ def generate(document: Document, options: dict[str, Any]) -> list[str]:
     return generated
 
 
+def superfluous(document: Document, options: dict[str, Any]) -> list[str]:
+    """Names of certificates, with their keys, that were issued under `exclusive` and are wanted no more."""
+    prefix = options["exclusive"]
+    if not prefix:
+        return []
+    wanted = {certificate["name"] for certificate in options["certificates"]}
+    found = []
+    for entry in document.entries:
+        name = entry.removesuffix("_certificate")
+        if entry == name or not name.startswith(prefix) or name in wanted or not document.has(f"{name}_key"):
+            continue
+        try:
+            certificate = load_certificate(document, entry)
+            names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+        except (AnsibleActionFail, ValueError, x509.ExtensionNotFound):
+            continue
+        # A secret of the user's own may be called like that too.
+        if name.removeprefix(prefix) in names.get_values_for_type(x509.DNSName):
+            found += [f"{name}_key", entry]
+    return found
+
+
 def assert_names(options: dict[str, Any]) -> None:
     """Raises AnsibleActionFail when names cannot be keys of one dictionary, or a common name is too long."""
     wanted = [*options["passwords"], *options["users"], "ca_key", "ca_certificate"]
@@ -455,11 +494,21 @@ class ActionModule(ActionBase):
 
     BYPASS_HOST_LOOP = True
     _requires_connection = False
+    done = "generated"
+
+    def options(self) -> dict[str, Any]:
+        """The checked arguments of the task."""
+        _, options = self.validate_argument_spec(ARGUMENTS)
+        assert_names(options)
+        return dict(options)
+
+    def complete(self, document: Document, options: dict[str, Any]) -> list[str]:
+        """Adds what is missing. Returns its names."""
+        return generate(document, options)
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         super().run(tmp, task_vars)
-        _, options = self.validate_argument_spec(ARGUMENTS)
-        assert_names(options)
+        options = self.options()
         path = Path(self._loader.path_dwim(options["path"])).resolve()
         vault_secrets = VaultSecretsContext.current().secrets or []
         if options["require_vault"] and not vault_secrets:
@@ -483,8 +532,13 @@ class ActionModule(ActionBase):
         content = path.read_bytes() if path.exists() else b""
         text, vault_id, secret = self._decrypted(path, content, vault)
         document = Document(text, path, vault)
-        generated = generate(document, options)
-        notes = [f"generated: {name}" for name in generated]
+        names = [*options.get("passwords", []), *options.get("users", []), "ca_key", "ca_certificate"]
+        known = any(document.has(name) for name in names)
+        generated = self.complete(document, options)
+        notes = [f"{self.done}: {name}" for name in generated]
+        for name in superfluous(document, options):
+            document.remove(name)
+            notes.append(f"removed: {name}")
         if vault.secrets and not is_encrypted(content):
             notes.append("encrypted with ansible-vault")
         rewritten = bool(notes) or not path.exists()
@@ -505,7 +559,8 @@ class ActionModule(ActionBase):
         return {
             "changed": rewritten or bool(notes),
             "file": str(file),
-            "generated": generated,
+            self.done: generated,
+            "known": known,
             "encrypted": is_encrypted(content),
             "diff": {"prepared": "".join(f"{path.name}: {note}\n" for note in notes)},
         }
@@ -538,6 +593,8 @@ class ActionModule(ActionBase):
     def _publish(self, ca_file: Path, document: Document, notes: list[str]) -> None:
         """Writes the authority's public certificate if the file holds another one."""
         certificate = document.get("ca_certificate").encode()
+        if not certificate:
+            return
         if ca_file.exists() and ca_file.read_bytes() == certificate:
             return
         notes.append(f"certificate of the authority written to {ca_file.name}")

@@ -42,6 +42,7 @@ COMMON_VARIABLES = (
 ENVIRONMENT_VARIABLES = (
     "credentials_ca_file",
     "credentials_file",
+    "credentials_replace",
     "credentials_require_vault",
     "private_address",
     "private_ca_certificates",

@@ -41,6 +41,7 @@ options:
       - Certificates to be signed by an own certificate authority, all with EC P-256 keys.
       - The authority is kept as C(ca_key) and C(ca_certificate), valid for ten years. A self-signed one is
         renewed with the same key before it can limit a certificate; its clients then need the new O(ca_file).
+      - C(ca_certificate) without C(ca_key), as after a lost controller, is good as long as nothing has to be issued.
       - A certificate is issued anew, with a new key, when its names or uses changed, when it was not signed by
         this authority, or when less than 30 days of its 397 remain.
     type: list
@@ -63,6 +64,11 @@ options:
         description: Whether it is shown by a client too, not by a server alone.
         type: bool
         default: false
+  exclusive:
+    description:
+      - How the names of some certificates begin, such as C(host_). Those that begin so, were issued for the name
+        that follows and are not in O(certificates) are removed with their keys.
+    type: str
   ca_file:
     description: Where to write the authority's public certificate for clients, mode 0644.
     type: str
@@ -114,6 +120,10 @@ generated:
   type: list
   elements: str
   sample: [redis_admin, nginx_key, nginx_certificate]
+known:
+  description: Whether the file held any of the passwords, users or the authority before.
+  returned: success
+  type: bool
 encrypted:
   description: Whether the file is encrypted with ansible-vault.
   returned: success

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import stat
@@ -49,6 +50,15 @@ def complete(text: str, options: dict[str, Any] | None = None) -> tuple[str, lis
     document = plugin.Document(text, Path("credentials.yml"), VAULT)
     generated = plugin.generate(document, defaults | (options or {}))
     return document.text, generated
+
+
+def pruned(text: str, certificates: list[dict[str, Any]]) -> tuple[str, list[str]]:
+    """What becomes of a file's text when these are the only certificates of hosts, and the names removed."""
+    document = plugin.Document(text, Path("credentials.yml"), VAULT)
+    names = plugin.superfluous(document, {"exclusive": "host_", "certificates": certificates})
+    for name in names:
+        document.remove(name)
+    return document.text, names
 
 
 def certificate(values: dict[str, str], name: str) -> x509.Certificate:
@@ -317,7 +327,10 @@ def test_the_authority_is_renewed_with_its_key_before_it_limits_a_certificate(
         ("- sesame\n", "must hold a dictionary named `credentials`"),
         ("passwords: {a: sesame}\n", "must hold a dictionary named `credentials`"),
         ("credentials: sesame\n", "must hold a dictionary named `credentials`"),
-        ("credentials: {ca_certificate: sesame}\n", "but not its `ca_key`"),
+        (
+            "credentials: {ca_certificate: sesame}\n",
+            "`ca_certificate` in credentials.yml is not a certificate",
+        ),
         ("credentials: {ca_key: sesame}\n", "`ca_key` in credentials.yml is not a private key"),
         ("credentials:\n  ca_key: !vault sesame\n", "`ca_key` in credentials.yml cannot be decrypted"),
     ],
@@ -387,3 +400,53 @@ def test_wishes_that_cannot_be_met_are_refused(options: dict[str, Any], message:
         wanted.setdefault("common_name", None)
     with pytest.raises(AnsibleActionFail, match=re.escape(message)):
         plugin.assert_names({"passwords": [], "users": [], "certificates": []} | options)
+
+
+def test_an_authority_without_its_key_is_good_until_something_has_to_be_issued() -> None:
+    text, _ = complete("", {"passwords": ["p"], "certificates": [NGINX, HOST]})
+    values = yaml.safe_load(text)["credentials"]
+    del values["ca_key"]
+    kept = yaml.safe_dump({"credentials": values})
+    assert complete(kept, {"passwords": ["p"], "certificates": [NGINX, HOST]}) == (kept, [])
+    more = {"name": "host_new", "common_name": "new", "alt_names": ["new"]}
+    with pytest.raises(
+        AnsibleActionFail, match=r"certificate of `new` has to be issued.*rename `ca_certificate`"
+    ):
+        complete(kept, {"certificates": [NGINX, HOST, more]})
+    # What the message says.
+    values["ca_certificate_old"] = values.pop("ca_certificate")
+    after, generated = complete(
+        yaml.safe_dump({"credentials": values}), {"certificates": [NGINX, HOST, more]}
+    )
+    assert {"ca_key", "ca_certificate", "nginx_certificate", "host_new_certificate"} <= set(generated)
+    assert yaml.safe_load(after)["credentials"]["ca_certificate_old"] == values["ca_certificate_old"]
+
+
+def test_the_certificate_of_a_host_that_left_goes_and_nothing_else() -> None:
+    gone = {"name": "host_gone", "common_name": "gone", "alt_names": ["gone", "192.0.2.8"]}
+    text, _ = complete("", {"passwords": ["redis_admin"], "certificates": [NGINX, gone, HOST]})
+    other = json.dumps(yaml.safe_load(text)["credentials"]["nginx_certificate"])
+    text += (
+        '  # ours\n  host_api_key: "mine"\n  host_api_certificate: "mine too"\n  host_of_mail: "x"\n'
+        f"  host_other_key: |\n    k\n  host_other_certificate: {other}\n"
+    )
+    before = yaml.safe_load(text)["credentials"]
+    assert pruned(text, [NGINX, gone, HOST]) == (text, [])
+    after, names = pruned(text, [NGINX, HOST])
+    assert names == ["host_gone_key", "host_gone_certificate"]
+    assert "# ours" in after
+    assert yaml.safe_load(after)["credentials"] == {
+        name: value for name, value in before.items() if name not in names
+    }
+    # Back to one host.
+    assert set(pruned(text, [NGINX])[1]) == {*names, f"{HOST['name']}_key", f"{HOST['name']}_certificate"}
+
+
+def test_a_run_removes_the_certificate_of_a_host_that_left_and_says_so(play: Runner, tmp_path: Path) -> None:
+    path = tmp_path / "credentials.yml"
+    both = play([task(path, certificates=[NGINX, HOST], exclusive="host_")], text=True)
+    assert both.code == 0 and f"{HOST['name']}_key" in read(path)
+    one = play([task(path, certificates=[NGINX], exclusive="host_")], "--diff", text=True)
+    assert f"removed: {HOST['name']}_key" in one.output
+    assert not [name for name in read(path) if name.startswith("host_")]
+    assert not play([task(path, certificates=[NGINX], exclusive="host_")]).results[0]["changed"]
