@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import pytest
 from conftest import Redis, wait_until
-from hosts import celery, set_up
+from hosts import TESTS, celery, python, set_up
 from proxy import Proxy
 
 LOCK_SECONDS = 6
@@ -35,7 +38,6 @@ def shim(redis_server: Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         tmp_path,
         redis_server.admin_url,
         hothouse_transport=True,
-        timezone="UTC",
         task_publish_retry_policy={"max_retries": 3, "interval_start": 0, "interval_max": 0.2},
         beat_scheduler="hothouse_celery.beat:Scheduler",
         beat_max_loop_interval=1,
@@ -199,3 +201,104 @@ def test_who_schedules_is_noted_and_no_longer_when_it_stops(shim: Redis, beat: B
         one.terminate()
         assert one.wait(10) == 0
     assert not shim.admin.exists("redbeat:schedulers", "redbeat::lock")
+
+
+CHANGES = {
+    "Berlin, to summer time": ("Europe/Berlin", "2026-03-28T20:00"),
+    "Berlin, to winter time": ("Europe/Berlin", "2026-10-24T20:00"),
+    "Lord Howe, half an hour": ("Australia/Lord_Howe", "2026-04-04T10:00"),
+    "none, which is UTC": ("none", "2026-10-24T20:00"),
+}
+
+
+@pytest.mark.parametrize(("zone", "begin"), CHANGES.values(), ids=list(CHANGES))
+def test_the_time_zone_of_the_application_counts_also_when_summer_time_begins_and_ends(
+    shim: Redis, zone: str, begin: str
+) -> None:
+    found = python(str(TESTS / "clock.py"), begin, "40", zone)
+    assert not found.returncode, found.stderr
+    first, last = datetime.fromisoformat(begin).replace(tzinfo=UTC), timedelta(hours=40)
+    minutes = [first + timedelta(minutes=number) for number in range(1, int(last.total_seconds()) // 60 + 1)]
+    local = {minute: minute.astimezone(ZoneInfo("UTC" if zone == "none" else zone)) for minute in minutes}
+    wanted = {
+        "noon": [minute for minute in minutes if (local[minute].hour, local[minute].minute) == (12, 0)],
+        # Celery's crontab() passes over the second one of two hours that are called the same.
+        "tens": [minute for minute in minutes if local[minute].minute % 10 == 0 and not local[minute].fold],
+        "interval": minutes[9::10],
+        "nowfun": [minute for minute in minutes if (local[minute].hour, local[minute].minute) == (10, 0)],
+    }
+    sent: dict[str, list[datetime]] = {name: [] for name in (*wanted, "night")}
+    for name, moment in json.loads(found.stdout):
+        sent[name].append(datetime.fromisoformat(moment))
+    for name in wanted:
+        assert sent[name] == wanted[name], name
+    # Half past two may not exist, or come twice: once a day all the same, at that time or as soon as it is later.
+    nights = [local[minute] for minute in sent["night"]]
+    assert [night.date() for night in nights] == sorted({moment.date() for moment in local.values()})[1:]
+    assert all((2, 30) <= (night.hour, night.minute) <= (3, 30) for night in nights), nights
+
+
+@pytest.fixture
+def schedules(shim: Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Redis:
+    """The environment of a beat of the application `schedules`, which has a schedule of its own."""
+    settings = json.loads((tmp_path / "celery.json").read_text())
+    del settings["beat_schedule"]
+    (tmp_path / "celery.json").write_text(json.dumps(settings))
+    monkeypatch.setenv("HOTHOUSE_APP", "schedules:app")
+    monkeypatch.setenv("BAD", "")
+    return shim
+
+
+def messages(redis: Redis) -> list[tuple[str, dict[str, Any]]]:
+    """Of each task that beat sent the body, as a worker reads it, and the headers."""
+    found = [json.loads(message) for message in redis.admin.lrange("q:trials", 0, -1)]
+    return [(base64.b64decode(message["body"]).decode(), message["headers"]) for message in found]
+
+
+def sent_once(redis: Redis, name: str) -> bool:
+    """Whether beat has noted in an entry that it sent its task."""
+    return "total_run_count" in (redis.admin.hget(f"redbeat:{name}", "meta") or "")
+
+
+@pytest.mark.parametrize("bad", ["", "yes"], ids=["good entries", "with bad ones"])
+def test_beat_sends_what_a_message_can_hold_and_bad_entries_keep_none_from_being_sent(
+    schedules: Redis, beat: Beat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: str
+) -> None:
+    monkeypatch.setenv("BAD", bad)
+    good = python(
+        "-c",
+        "import json, schedules; from kombu.utils.json import dumps\n"
+        "print(json.dumps({n: dumps([e['args'], e.get('kwargs', {})])[:-1] for n, e in schedules.GOOD.items()}))",
+    )
+    wanted: dict[str, str] = json.loads(good.stdout)
+
+    minutely = wanted.pop("hours as a set")
+
+    def waiting() -> list[str]:
+        return [name for name in wanted if not sent_once(schedules, name)]
+
+    with beat("one") as one:
+        wait_until(lambda: not waiting(), 60)
+        assert one.poll() is None and minutely
+        assert schedules.admin.zscore("redbeat::schedule", "redbeat:hours as a set") % 60 == 0
+    sent = messages(schedules)
+    for name, text in wanted.items():
+        assert any(body.startswith(text) for body, _ in sent), name
+    assert any(headers["expires"] for _, headers in sent)
+    assert ("is not sent" in (tmp_path / "one.log").read_text()) is bool(bad)
+
+
+def test_the_check_of_a_release_names_the_entries_that_beat_cannot_send(
+    schedules: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = python("-m", "hothouse_celery", "check")
+    assert not good.returncode, good.stderr
+    monkeypatch.setenv("BAD", "yes")
+    checked = python("-m", "hothouse_celery", "check")
+    assert checked.returncode == 1
+    named = [line.strip() for line in checked.stderr.splitlines()[1:]]
+    bad = python("-c", "import json, schedules; print(json.dumps(list(map(repr, schedules.BAD))))")
+    assert [
+        line.partition(": ")[0] if not line.startswith("':") else "':schedule'" for line in named
+    ] == json.loads(bad.stdout), checked.stderr
+    assert "it sends the task 'missing', which this release does not have" in checked.stderr

@@ -60,6 +60,13 @@ def check() -> int:
     if not own:
         print(f"{os.environ.get('HOTHOUSE_APP')} has no task of its own", file=sys.stderr)
         return 1
+    if app.conf.beat_schedule:
+        from hothouse_celery.schedule import refusals
+
+        if refused := refusals(app):
+            print("beat cannot send these entries of the schedule (beat_schedule):", file=sys.stderr)
+            print(*(f"  {name!r}: {reason}" for name, reason in refused.items()), sep="\n", file=sys.stderr)
+            return 1
     print(json.dumps(own))
     return 0
 

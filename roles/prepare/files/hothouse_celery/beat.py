@@ -12,10 +12,11 @@ from typing import Any
 
 from celery.beat import SchedulingError
 from celery.utils.log import get_logger
-from redbeat.schedulers import RedBeatScheduler, RedBeatSchedulerEntry, get_redis
+from redbeat.schedulers import RedBeatScheduler, get_redis
 from redis import RedisError
 
 from hothouse_celery import notify_systemd
+from hothouse_celery.schedule import Entry, instant, refusals
 
 logger = get_logger(__name__)
 
@@ -58,6 +59,8 @@ RELEASE = "if redis.call('get', KEYS[1]) == ARGV[1] then redis.call('del', KEYS[
 class Scheduler(RedBeatScheduler):
     """Sends what is due while it holds the lock, and each due time once, even if it does not hold it alone."""
 
+    Entry = Entry
+
     def __init__(self, app: Any, **options: Any) -> None:
         self.token = uuid.uuid4().hex
         self.host = socket.gethostname()
@@ -93,6 +96,16 @@ class Scheduler(RedBeatScheduler):
             self.trouble = ""
         return pause
 
+    def setup_schedule(self) -> None:
+        """Store the application's entries. One that cannot be sent keeps none of the others from being sent."""
+        refused = refusals(self.app)
+        for name, reason in refused.items():
+            logger.error("Scheduler: The entry %r is not sent: %s", name, reason)
+        if refused:
+            schedule = self.app.conf.beat_schedule
+            self.app.conf.beat_schedule = {name: schedule[name] for name in schedule.keys() - refused.keys()}
+        super().setup_schedule()
+
     def leads(self) -> bool:
         """Take the lock, or hold it for longer; False if somebody else has it."""
         milliseconds, seconds = int(self.lock_timeout * 1000), int(self.lock_timeout)
@@ -119,7 +132,9 @@ class Scheduler(RedBeatScheduler):
         """
         redis = get_redis(self.app)
         meta = redis.hget(entry.key, "meta") or ""
-        if RedBeatSchedulerEntry.decode_meta(meta)["last_run_at"] != entry.last_run_at:
+        last = Entry.decode_meta(meta)["last_run_at"]
+        # In UTC: Python takes no time of an hour that comes twice for that of another zone.
+        if (last and instant(entry, last)) != (entry.last_run_at and instant(entry, entry.last_run_at)):
             return None
         slot = str(uuid.uuid5(uuid.NAMESPACE_OID, f"{entry.name} {self.due(entry)}"))
         key = f"{self.app.redbeat_conf.key_prefix}slot:{slot}"
@@ -147,7 +162,7 @@ class Scheduler(RedBeatScheduler):
     def due(self, entry: Any) -> str:
         """What tells this due time of an entry from its others: when it ran last, for all schedulers the same."""
         if entry.last_run_at:
-            return str(entry.last_run_at.isoformat())
+            return instant(entry, entry.last_run_at).isoformat()
         redis = get_redis(self.app)
         redis.hsetnx(entry.key, "born", uuid.uuid4().hex)
         return str(redis.hget(entry.key, "born"))
