@@ -215,17 +215,24 @@ def test_every_event_of_a_task_has_its_name(shim: Redis, tmp_path: Path, pool: s
     assert {event.get("name") for event in tasks} == {f"trials.{name}" for name in calls}
 
 
+@pytest.mark.parametrize("task", ["leave", "exhaust"])
 @pytest.mark.parametrize("pool", ["prefork", "threads", "solo"])
 def test_a_task_that_ends_its_process_does_so_four_times_in_every_pool(
-    shim: Redis, tmp_path: Path, pool: str
+    shim: Redis, tmp_path: Path, pool: str, task: str
 ) -> None:
-    log = tmp_path / "worker.log"
-    send(("leave", [str(tmp_path / "runs")]), ("say", ["after it"]))
-    with celery(log, *words(pool)):
+    """Also by asking for too much memory. It takes no other task with it."""
+    log, runs = tmp_path / "worker.log", tmp_path / "runs"
+    other = tmp_path / "other"
+    send(("answer", [str(other), 5, "return", 1]), (task, [str(runs)]), ("say", ["after it"]))
+    with celery(log, *words(pool)) as process:
         wait_until(lambda: shim.admin.llen("q:dead-letter"), 40)
         wait_until(lambda: not shim.admin.exists("q:trials", "q:unacked", "q:unacked_index"))
-    assert len((tmp_path / "runs").read_text().splitlines()) == RUNS
-    assert "event=succeeded" in log.read_text()
+        assert process.poll() is None
+    assert len(runs.read_text().splitlines()) == RUNS
+    assert len(other.read_text().splitlines()) == 1
+    assert log.read_text().count("event=succeeded") == 2
+    [letter] = map(json.loads, shim.admin.lrange("q:dead-letter", 0, -1))
+    assert ("MemoryError" in letter["reason"]) == (task == "exhaust"), letter["reason"]
 
 
 def test_dead_letters_are_listed_put_back_and_dropped(

@@ -83,6 +83,47 @@ def leave(runs: str) -> None:
     raise SystemExit(1)
 
 
+@app.task
+def answer(runs: str, seconds: float, how: str, size: int) -> str:
+    """Note the run in a file, and after a while answer with a text of this size."""
+    with Path(runs).open("a") as file:
+        file.write(f"{answer.request.id}\n")
+    time.sleep(seconds)
+    text = "x" * size
+    if how == "raise":
+        raise ValueError(text)
+    if how == "print":
+        print(text, flush=True)
+    return text
+
+
+@app.task
+def stay(runs: str, how: str) -> None:
+    """Note the run in a file, and do not end."""
+    with Path(runs).open("a") as file:
+        file.write(f"{stay.request.id}\n")
+    if how == "stopped":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    while True:
+        try:
+            if how == "prints":
+                print("x" * 200_000, flush=True)
+            else:
+                time.sleep(3600)
+        except BaseException:
+            if how == "stubborn":
+                continue
+            raise
+
+
+@app.task
+def exhaust(runs: str) -> int:
+    """Ask for more memory than there is."""
+    with Path(runs).open("a") as file:
+        file.write("run\n")
+    return len(bytearray(1 << 60))
+
+
 @app.task(time_limit=1)
 def hang() -> None:
     time.sleep(60)

@@ -576,6 +576,11 @@ class Channel(stock.Channel):
                 delivered = True
         return delivered
 
+    def hand_back_unseen(self) -> None:
+        """Put back what was taken and not yet delivered; also from another thread than the one that consumes."""
+        while self._fetched:
+            self._hand_back(*self._fetched.pop())
+
     def _hand_back(self, queue: str, tag: str, message: bytes) -> None:
         """Put a message that nobody has seen where it was."""
         if queue in self._unacknowledged_queues:
@@ -727,8 +732,7 @@ class Channel(stock.Channel):
         try:
             if connection:
                 self._note(connection.read_response() or [])
-            while self._fetched:
-                self._hand_back(*self._fetched.pop())
+            self.hand_back_unseen()
         except (*self.connection_errors, ResponseError) as error:
             # It is noted as taken, and comes back after the visibility timeout.
             logger.warning("could not hand back what nobody has seen: %s", error)

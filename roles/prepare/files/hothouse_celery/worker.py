@@ -1,4 +1,6 @@
-"""What a worker does beyond Celery's: it tells systemd that it is not deaf, and puts aside what kills its processes."""
+"""What a worker does beyond Celery's: it tells systemd that it is not deaf, puts aside what kills its processes, and
+ends in bounded time.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +14,17 @@ import celery.worker.consumer
 import celery.worker.request
 import hothouse_transport
 from billiard.einfo import ExceptionInfo, ExceptionWithTraceback
+from celery.app.trace import TraceInfo
 from celery.bootsteps import RUN
 from celery.concurrency import prefork, solo
-from celery.exceptions import WorkerLostError, WorkerShutdown, WorkerTerminate
+from celery.exceptions import TaskRevokedError, WorkerLostError, WorkerShutdown, WorkerTerminate
 from celery.utils.log import get_logger
 from celery.worker import state
 from celery.worker.state import task_ready
 from kombu.exceptions import OperationalError
 from redis import Redis, RedisError
 
-from hothouse_celery import credential, dead, notify_systemd
+from hothouse_celery import credential, dead, notify_systemd, stop
 
 logger = get_logger(__name__)
 
@@ -43,16 +46,34 @@ def answering(target: Callable[..., Any]) -> Callable[..., Any]:
             raise
         except (SystemExit, KeyboardInterrupt, MemoryError) as error:
             # What would end the process of a pool that has some.
-            reason = WorkerLostError(repr(error))
+            return 1, lost_process(error), 0.0
         except Exception as error:
             logger.error("What surrounds a task failed: %r", error)
             return 1, ExceptionInfo(), 0.0
-        try:
-            raise reason
-        except WorkerLostError:
-            return 1, ExceptionInfo(), 0.0
 
     return run
+
+
+def handle_error_state(self: TraceInfo, task: Any, request: Any, eager: bool = False, **kwargs: Any) -> Any:
+    """End the process for a task that ran out of memory, as if the kernel had done it: another run may have more.
+
+    Celery takes it for the task's failure, and then ends the whole worker for it.
+    """
+    if isinstance(self.retval, MemoryError) and not eager:
+        logger.error("Out of memory: %r", self.retval, exc_info=True)
+        raise SystemExit(repr(self.retval))
+    return handle(self, task, request, eager=eager, **kwargs)
+
+
+handle, TraceInfo.handle_error_state = TraceInfo.handle_error_state, handle_error_state
+
+
+def lost_process(error: BaseException) -> ExceptionInfo:
+    """What a task's process has died of."""
+    try:
+        raise WorkerLostError(repr(error))
+    except WorkerLostError:
+        return ExceptionInfo()
 
 
 class Consumer(celery.worker.consumer.Consumer):
@@ -60,9 +81,22 @@ class Consumer(celery.worker.consumer.Consumer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if not isinstance(self.pool, prefork.TaskPool):
-            apply = self.pool.on_apply
-            self.pool.on_apply = lambda target, *rest, **options: apply(answering(target), *rest, **options)
+        self.stopping = stop.Stop(self.controller)
+        apply = self.pool.apply_async
+
+        def apply_async(target: Callable[..., Any], *rest: Any, **options: Any) -> Any:
+            if stop.begun.is_set():  # it goes back with what else this worker holds
+                raise TaskRevokedError()
+            if not isinstance(self.pool, prefork.TaskPool):
+                target = answering(self.stopping.in_task()(target))
+            return apply(target, *rest, **options)
+
+        self.pool.apply_async = apply_async
+
+    def start(self) -> None:
+        if not self.stopping.is_alive():
+            self.stopping.install()
+        super().start()
 
     def ensure_connected(self, conn: Any) -> Any:
         ensure = conn.ensure_connection
@@ -98,7 +132,9 @@ class Request(celery.worker.request.Request):
         super().send_event(type, **{"name": self.name, **fields})
 
     def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> Any:
-        if not state.should_terminate and self.again() and self.lost(exc_info.exception):
+        if isinstance(plain(exc_info.exception), MemoryError):  # Celery would raise it again here
+            exc_info = lost_process(plain(exc_info.exception))
+        if self.again() and self.lost(exc_info.exception):
             try:
                 exc_info = self.count(exc_info)
             except (RedisError, OperationalError) as error:
@@ -123,8 +159,7 @@ class Request(celery.worker.request.Request):
 
     def lost(self, error: Any) -> bool:
         """Whether the task lost its process, and not because the worker ended it, or after it had succeeded."""
-        if isinstance(error, ExceptionWithTraceback):
-            error = error.exc
+        error = plain(error)
         if isinstance(error, SystemExit | KeyboardInterrupt):
             return not (self._already_cancelled or self._already_revoked)
         return isinstance(error, WorkerLostError) and not self._success_was_stored()
@@ -153,25 +188,19 @@ class Request(celery.worker.request.Request):
             return ExceptionInfo()
 
 
+def plain(error: Any) -> Any:
+    """An exception as it was raised, not as a pool sends it."""
+    return error.exc if isinstance(error, ExceptionWithTraceback) else error
+
+
 def watch(worker: Any) -> None:
     """Let systemd's watchdog see whether this worker takes tasks, if its unit asks for that (WatchdogSec=)."""
     if "WATCHDOG_USEC" in os.environ:
         seconds = int(os.environ["WATCHDOG_USEC"]) / 1e6
-        stopping = threading.Event()
-        wait = worker.wait_for_soft_shutdown
-
-        def wait_for_soft_shutdown() -> Any:
-            """It waits in the handler of a signal, where the loop stands still."""
-            stopping.set()
-            notify_systemd("STOPPING=1")
-            return wait()
-
-        worker.wait_for_soft_shutdown = wait_for_soft_shutdown
-        arguments = (worker, seconds, stopping)
-        threading.Thread(target=keep_watch, args=arguments, name="watchdog", daemon=True).start()
+        threading.Thread(target=keep_watch, args=(worker, seconds), name="watchdog", daemon=True).start()
 
 
-def keep_watch(worker: Any, seconds: float, stopping: threading.Event) -> None:
+def keep_watch(worker: Any, seconds: float) -> None:
     """Tell systemd every few seconds that the worker is alive: that it is not deaf, or that Redis is away.
 
     Only a worker that takes nothing although Redis answers to others would gain by a restart. Deaf is who has been so
@@ -179,7 +208,7 @@ def keep_watch(worker: Any, seconds: float, stopping: threading.Event) -> None:
     A process that hangs as a whole tells nothing. One that is busy with a task instead of its loop is not deaf.
     """
     deaf_since = None
-    while worker.blueprint.state == RUN and not stopping.is_set():
+    while worker.blueprint.state == RUN and not stop.begun.is_set():
         reason = None if runs_inline(worker) else hothouse_transport.health.stale(seconds / 2)
         if not reason or not redis_answers():
             deaf_since = None
@@ -190,7 +219,7 @@ def keep_watch(worker: Any, seconds: float, stopping: threading.Event) -> None:
         elif time.monotonic() - deaf_since > seconds / 3:
             logger.critical("This worker takes no tasks and has to be restarted: %s", reason)
             notify_systemd("WATCHDOG=trigger")
-        stopping.wait(seconds / 10)
+        stop.begun.wait(seconds / 10)
     # From here on the unit's TimeoutStopSec= counts, and no longer the watchdog.
     notify_systemd("STOPPING=1")
 

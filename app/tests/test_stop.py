@@ -1,0 +1,73 @@
+"""A worker's stop takes the soft shutdown time and 15 seconds at most, and loses nothing, whatever its tasks do."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Redis, wait_until
+from hosts import celery, send
+from test_hothouse_worker import set_settings, shim, words
+
+__all__ = ("shim",)
+
+POOLS = ["prefork", "threads", "solo"]
+# How long a stop may take beyond the soft shutdown time, in seconds.
+MORE_SECONDS = 15
+
+
+def stop(process: subprocess.Popen[Any], soft_seconds: float) -> float:
+    """Stop a worker as systemd does; the seconds that it took."""
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(soft_seconds + MORE_SECONDS) == 0
+    return time.monotonic() - began
+
+
+def runs_of(file: Path) -> Counter[str]:
+    return Counter(file.read_text().split()) if file.exists() else Counter()
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_what_finishes_while_its_worker_stops_is_done_however_large_its_answer(
+    shim: Redis, tmp_path: Path, pool: str
+) -> None:
+    set_settings(tmp_path, worker_soft_shutdown_timeout=20, worker_redirect_stdouts=True)
+    log, runs = tmp_path / "worker.log", tmp_path / "runs"
+    answers = [[str(runs), 1, how, size] for how in ("return", "raise", "print") for size in (200_000, 5_000_000)]
+    with celery(log, *words(pool), "--concurrency=6", REMAP_SIGTERM="SIGQUIT") as process:
+        ids = send(*(("answer", answer) for answer in answers[:3 if pool == "solo" else None]))
+        running = 1 if pool == "solo" else len(ids)
+        wait_until(lambda: sum(runs_of(runs).values()) == running)
+        took = stop(process, 20)
+    print(f"{pool}: stopped in {took:.1f} s")
+    assert took < 10
+    assert not shim.admin.exists("q:unacked", "q:unacked_index")
+    assert shim.admin.llen("q:trials") == len(ids) - running
+    text = log.read_text()
+    assert text.count("event=succeeded") + text.count("event=failed") == running
+    with celery(log, *words(pool)) as process:
+        wait_until(lambda: not shim.admin.exists("q:trials", "q:unacked", "q:unacked_index"))
+    assert runs_of(runs) == Counter(ids)
+
+
+@pytest.mark.parametrize(
+    ("pool", "how"),
+    [(pool, how) for pool in POOLS for how in ("sleeps", "stubborn", "prints")] + [("prefork", "stopped")],
+    ids=lambda value: value,
+)
+def test_what_does_not_finish_goes_back_at_once(shim: Redis, tmp_path: Path, pool: str, how: str) -> None:
+    set_settings(tmp_path, worker_soft_shutdown_timeout=1, worker_redirect_stdouts=True)
+    log, runs = tmp_path / "worker.log", tmp_path / "runs"
+    with celery(log, *words(pool), REMAP_SIGTERM="SIGQUIT") as process:
+        ids = send(*[("stay", [str(runs), how])] * 3)
+        wait_until(lambda: sum(runs_of(runs).values()) == (1 if pool == "solo" else 2))
+        took = stop(process, 1)
+    print(f"{pool}, {how}: stopped in {took:.1f} s")
+    assert not shim.admin.exists("q:unacked", "q:unacked_index", "q:deliveries")
+    assert shim.admin.llen("q:trials") == len(ids)
