@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import signal
 import subprocess
 import time
@@ -13,6 +15,7 @@ import pytest
 from conftest import Redis, wait_until
 from hosts import celery, send
 from test_hothouse_worker import set_settings, shim, words
+from trials import ODD
 
 __all__ = ("shim",)
 
@@ -71,3 +74,68 @@ def test_what_does_not_finish_goes_back_at_once(shim: Redis, tmp_path: Path, poo
     print(f"{pool}, {how}: stopped in {took:.1f} s")
     assert not shim.admin.exists("q:unacked", "q:unacked_index", "q:deliveries")
     assert shim.admin.llen("q:trials") == len(ids)
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_what_cannot_be_told_ends_and_holds_no_worker(shim: Redis, tmp_path: Path, pool: str) -> None:
+    """Neither is lost what comes after it."""
+    set_settings(tmp_path, result_backend=shim.admin_url, worker_lost_wait=0.1)
+    log = tmp_path / "worker.log"
+    kinds = [("odd", [kind]) for kind in ODD] + [("give_up", ["exit"]), ("give_up", ["interrupt"])]
+    with celery(log, *words(pool), REMAP_SIGTERM="SIGQUIT") as process:
+        send(*kinds, ("say", ["after it"]))
+        wait_until(lambda: not shim.admin.exists("q:trials", "q:unacked", "q:unacked_index"), 60)
+        assert process.poll() is None
+        stop(process, 0)
+    assert "said after it" in log.read_text()
+    # A pool of processes ran it again, as one whose process was lost. Nothing else is a dead letter.
+    letters = [json.loads(entry)["reason"] for entry in shim.admin.lrange("q:dead-letter", 0, -1)]
+    assert len(letters) == (pool == "prefork"), letters
+    shim.admin.delete(*shim.admin.keys("celery-task-meta-*"))
+
+
+def test_a_process_that_is_killed_while_its_worker_stops_counts(shim: Redis, tmp_path: Path) -> None:
+    set_settings(tmp_path, worker_soft_shutdown_timeout=20)
+    log, runs, others = tmp_path / "worker.log", tmp_path / "runs", tmp_path / "others"
+    with celery(log, *words(), REMAP_SIGTERM="SIGQUIT") as process:
+        send(("answer", [str(runs), 1, "killed", 0]), ("answer", [str(others), 2, "return", 1]))
+        wait_until(lambda: runs_of(runs) and runs_of(others))
+        assert stop(process, 20) < 10
+    [count] = shim.admin.hvals("q:deliveries")
+    assert (count, shim.admin.llen("q:trials")) == ("1", 1)
+    assert not shim.admin.exists("q:unacked", "q:unacked_index")
+    assert log.read_text().count("event=succeeded") == 1
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_a_worker_stops_in_time_although_no_one_reads_its_log(shim: Redis, tmp_path: Path, pool: str) -> None:
+    set_settings(tmp_path, worker_soft_shutdown_timeout=1)
+    runs, log = tmp_path / "runs", tmp_path / "log"
+    os.mkfifo(log)
+    reader = os.open(log, os.O_RDONLY | os.O_NONBLOCK)
+    with celery(log, *words(pool), REMAP_SIGTERM="SIGQUIT") as process:
+        ids = send(*[("answer", [str(runs), 0.1, "print", 200_000])] * 3)
+        wait_until(lambda: runs_of(runs))
+        took = stop(process, 1)
+    os.close(reader)
+    print(f"{pool}: stopped in {took:.1f} s")
+    assert not shim.admin.exists("q:unacked", "q:unacked_index")
+    assert shim.admin.llen("q:trials") == len(ids)
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_a_worker_stops_in_time_although_redis_does_not_answer(shim: Redis, tmp_path: Path, pool: str) -> None:
+    set_settings(tmp_path, worker_soft_shutdown_timeout=1)
+    log, runs = tmp_path / "worker.log", tmp_path / "runs"
+    with celery(log, *words(pool), REMAP_SIGTERM="SIGQUIT") as process:
+        send(("stay", [str(runs), "sleeps"]))
+        wait_until(lambda: runs_of(runs))
+        shim.pause()
+        try:
+            began = time.monotonic()
+            process.send_signal(signal.SIGTERM)
+            process.wait(1 + MORE_SECONDS)
+            print(f"{pool}: stopped in {time.monotonic() - began:.1f} s")
+        finally:
+            shim.go_on()
+    assert shim.admin.hlen("q:unacked") + shim.admin.llen("q:trials") == 1

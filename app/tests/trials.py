@@ -92,6 +92,8 @@ def answer(runs: str, seconds: float, how: str, size: int) -> str:
     text = "x" * size
     if how == "raise":
         raise ValueError(text)
+    if how == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
     if how == "print":
         print(text, flush=True)
     return text
@@ -122,6 +124,68 @@ def exhaust(runs: str) -> int:
     with Path(runs).open("a") as file:
         file.write("run\n")
     return len(bytearray(1 << 60))
+
+
+class NeedsArguments(Exception):
+    def __init__(self, name: str, *, code: int) -> None:
+        super().__init__(name, code)
+
+
+class NoRepr(Exception):
+    def __repr__(self) -> str:
+        raise RuntimeError("this has no text")
+
+    __str__ = __repr__
+
+
+class NoPickle(Exception):
+    def __reduce__(self) -> Any:
+        raise TypeError("this cannot be sent")
+
+
+class NoUnpickle(Exception):
+    """Can be read where it comes from, and not in the worker's main process."""
+
+    def __reduce__(self) -> Any:
+        return check_process, (os.getpid(),)
+
+
+def check_process(process: int) -> Exception:
+    if os.getpid() != process:
+        raise RuntimeError("this cannot be read here")
+    return NoUnpickle()
+
+
+class Foreign(BaseException):
+    pass
+
+
+ODD: dict[str, Any] = {
+    "needs-arguments": NeedsArguments("name", code=5),
+    "no-repr": NoRepr(),
+    "no-pickle": NoPickle(),
+    "no-unpickle": NoUnpickle(),
+    "foreign": Foreign("odd"),
+    "attribute": ValueError(lambda: None),
+    "local": type("Local", (Exception,), {})("odd"),
+    "group": ExceptionGroup("several", [NoPickle(), NeedsArguments("name", code=5)]),
+    "result": lambda: None,
+    "result-no-repr": NoRepr(),
+}
+
+
+@app.task
+def odd(kind: str) -> Any:
+    """Raise or return what cannot be told."""
+    if kind.startswith("result"):
+        return ODD[kind]
+    raise ODD[kind]
+
+
+@app.task
+def give_up(kind: str) -> None:
+    """Raise what ends a process, with something that cannot be told."""
+    raise {"exit": SystemExit, "interrupt": KeyboardInterrupt}[kind](lambda: None)
 
 
 @app.task(time_limit=1)

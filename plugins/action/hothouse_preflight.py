@@ -202,13 +202,13 @@ def check_times(problems: Problems, values: dict[str, Any], where: dict[str, str
             where.get("app_visibility_timeout_seconds", "the default of the role app"),
             f"set it to at least {longest + 60}, or lower the time limit",
         )
-    least = max(values["app_soft_shutdown_seconds"] + 15, longest + 1)
+    least = values["app_soft_shutdown_seconds"] + 15
     if values["worker_stop_timeout_seconds"] < least:
         problems.add(
             f"worker_stop_timeout_seconds ({values['worker_stop_timeout_seconds']}) is below {least}: systemd would "
             "kill a worker that is still handing its tasks back",
             where.get("worker_stop_timeout_seconds", "the default of the role worker"),
-            f"set it to at least {least} (soft shutdown + 15, and above the longest time limit)",
+            f"set it to at least {least} (app_soft_shutdown_seconds + 15)",
         )
 
 

@@ -347,8 +347,8 @@ def test_a_visibility_timeout_below_the_longest_task_is_refused(inventory: Inven
 
 
 def test_a_stop_timeout_below_the_soft_shutdown_is_refused(inventory: Inventory) -> None:
-    inventory.set(worker_stop_timeout_seconds=60)
-    assert "worker_stop_timeout_seconds (60) is below 601" in inventory.refusal()
+    inventory.set(app_soft_shutdown_seconds=60)
+    assert "worker_stop_timeout_seconds (30) is below 75" in inventory.refusal()
 
 
 def test_an_application_without_a_lock_file_is_refused(inventory: Inventory, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from billiard.common import REMAP_SIGTERM
+from celery import signals
 from celery.concurrency import prefork, solo
 from celery.concurrency import thread as threads
 from celery.exceptions import WorkerTerminate
@@ -115,9 +116,11 @@ class Stop(threading.Thread):
         os._exit(self.worker.exitcode or (EX_OK if self._handed_back else EX_FAILURE))
 
     def running(self) -> bool:
-        """Whether a task runs. The pool `prefork` has some of which it does not yet know that they have begun."""
-        processes = getattr(self.worker.pool, "_pool", None)
-        return bool(state.active_requests) or bool(getattr(processes, "_cache", None))
+        """Whether a task runs. Of one whose process is gone Celery still waits for the answer."""
+        if isinstance(self.worker.pool, prefork.TaskPool):
+            jobs = getattr(self.worker.pool._pool, "_cache", {})
+            return any(not job._worker_lost for job in list(jobs.values()))
+        return bool(state.active_requests)
 
     def _tell_loop(self, callback: Callable[[], Any]) -> None:
         if self.worker.hub:
@@ -125,6 +128,8 @@ class Stop(threading.Thread):
 
     def _take_no_more(self) -> None:
         logger.info("Stopping; tasks that run may go on for %g s", self.seconds)
+        how = {"sig": "SIGTERM", "how": "Cold", "exitcode": EX_OK}
+        signals.worker_shutting_down.send(sender=self.worker.hostname, **how)
         consumer = self.worker.consumer
         if consumer.task_consumer:
             ignore_errors(consumer, consumer.task_consumer.cancel)
@@ -152,7 +157,9 @@ class Stop(threading.Thread):
         pool._pool = pool.flush = None
         end = time.monotonic() + CHILDREN_SECONDS
         for child in children:
-            if not getattr(child, "_controlled_termination", False):  # a second signal would not let it clean up
+            if not getattr(
+                child, "_controlled_termination", False
+            ):  # a second signal would not let it clean up
                 child.terminate()
         for child in children:
             child.join(max(0, end - time.monotonic()))

@@ -22,9 +22,10 @@ from celery.utils.log import get_logger
 from celery.worker import state
 from celery.worker.state import task_ready
 from kombu.exceptions import OperationalError
+from kombu.utils.encoding import safe_repr
 from redis import Redis, RedisError
 
-from hothouse_celery import credential, dead, notify_systemd, stop
+from hothouse_celery import credential, dead, notify_systemd, pool, stop
 
 logger = get_logger(__name__)
 
@@ -47,7 +48,7 @@ def answering(target: Callable[..., Any]) -> Callable[..., Any]:
         except (SystemExit, KeyboardInterrupt, MemoryError) as error:
             # What would end the process of a pool that has some.
             return 1, lost_process(error), 0.0
-        except Exception as error:
+        except BaseException as error:
             logger.error("What surrounds a task failed: %r", error)
             return 1, ExceptionInfo(), 0.0
 
@@ -65,6 +66,7 @@ def handle_error_state(self: TraceInfo, task: Any, request: Any, eager: bool = F
     return handle(self, task, request, eager=eager, **kwargs)
 
 
+prefork.TaskPool.Pool = pool.Pool
 handle, TraceInfo.handle_error_state = TraceInfo.handle_error_state, handle_error_state
 
 
@@ -180,7 +182,7 @@ class Request(celery.worker.request.Request):
         if runs < most:
             self._context.headers = {**earlier, "losses": runs}
             return exc_info
-        reason = f"its process died in each of {runs} runs: {exc_info.exception}"
+        reason = f"its process died in each of {runs} runs: {safe_repr(plain(exc_info.exception))}"
         dead.bury(self.app, self._message, reason, runs)
         try:
             raise PoisonTask(reason)

@@ -1,0 +1,37 @@
+"""What a worker's main process reads of its children, also if it makes no sense there."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import signal
+from collections.abc import Callable
+from typing import IO, Any
+
+from celery.concurrency import asynpool
+from celery.utils.log import get_logger
+
+logger = get_logger(__name__)
+
+
+class ResultHandler(asynpool.ResultHandler):
+    def _recv_message(self, add_reader: Callable[..., Any], fd: int, callback: Callable[..., Any]) -> Any:
+        """Count what cannot be read as the loss of the process that sent it. Celery would end the worker for it."""
+
+        def load(stream: IO[bytes]) -> Any:
+            try:
+                return pickle.load(stream)
+            except Exception as error:
+                logger.error(
+                    "What a task raised cannot be read outside of its process, which is ended: %r", error
+                )
+                with contextlib.suppress(LookupError, OSError):
+                    os.kill(self.fileno_to_outq[fd].pid, signal.SIGKILL)
+                return None
+
+        return super()._recv_message(add_reader, fd, callback, load=load)
+
+
+class Pool(asynpool.AsynPool):
+    ResultHandler = ResultHandler
