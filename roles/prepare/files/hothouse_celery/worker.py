@@ -73,7 +73,7 @@ handle, TraceInfo.handle_error_state = TraceInfo.handle_error_state, handle_erro
 def lost_process(error: BaseException) -> ExceptionInfo:
     """What a task's process has died of."""
     try:
-        raise WorkerLostError(repr(error))
+        raise WorkerLostError(safe_repr(error))
     except WorkerLostError:
         return ExceptionInfo()
 
