@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import fnmatch
 import hashlib
 import ipaddress
 import re
@@ -347,6 +348,51 @@ def rule_files(files: list[str], folder: str) -> list[dict[str, Any]]:
     ]
 
 
+def absent(paths: list[str]) -> list[dict[str, str]]:
+    """Entries for hothouse_files that remove these paths."""
+    return [{"path": path, "state": "absent"} for path in dict.fromkeys(paths)]
+
+
+def remains_command(nouns: dict[str, dict[str, Any]]) -> str:
+    """What asks a host's shell which of these nouns are on it, and which of their files; read by `remains`."""
+    tests = []
+    for name, noun in nouns.items():
+        paths = " ".join([*noun.get("files", []), *noun.get("data", []), noun["marker"]])
+        say = f'if [ -e "$path" ] || [ -L "$path" ]; then echo "remains {name} $path"; fi'
+        tests.append(f"[ ! -e {noun['marker']} ] || for path in {paths}; do {say}; done")
+    return "; ".join(tests)
+
+
+def remains(lines: list[str], nouns: dict[str, dict[str, Any]], wanted: list[str]) -> dict[str, list[Any]]:
+    """What a host said that it has of nouns other than the `wanted`: their names, units and packages, and `files`
+    and `data` as entries for hothouse_files.
+
+    The marker of a noun is the last of its files, so that what was interrupted is found again.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    data, files = [], []
+    for line in lines:
+        match = re.fullmatch(r"remains (\w+) (/\S+)", line.strip())
+        if not match or match[1] in wanted:
+            continue
+        noun, path = nouns.get(match[1], {}), match[2]
+        for paths, globs in (
+            (data, noun.get("data", [])),
+            (files, [*noun.get("files", []), noun.get("marker", "")]),
+        ):
+            if any(fnmatch.fnmatchcase(path, glob) for glob in globs):
+                paths.append(path)
+                found[match[1]] = noun
+    markers = [noun["marker"] for noun in found.values()]
+    return {
+        "nouns": list(found),
+        "units": [unit for noun in found.values() for unit in noun.get("units", [])],
+        "files": absent([*(path for path in files if path not in markers), *markers]),
+        "data": absent(data),
+        "packages": sorted({package for noun in found.values() for package in noun.get("packages", [])}),
+    }
+
+
 class FilterModule:
     """Registers the filters with Ansible."""
 
@@ -361,6 +407,8 @@ class FilterModule:
             "host_certificates": host_certificates,
             "nft_rules": nft_rules,
             "redis_roles": redis_roles,
+            "remains": remains,
+            "remains_command": remains_command,
             "python_package": python_package,
             "rule_files": rule_files,
             "scrape_targets": scrape_targets,
