@@ -116,10 +116,9 @@ class Stop(threading.Thread):
         os._exit(self.worker.exitcode or (EX_OK if self._handed_back else EX_FAILURE))
 
     def running(self) -> bool:
-        """Whether a task runs. Of one whose process is gone Celery still waits for the answer."""
+        """Whether a task runs. The pool `prefork` has some of which it does not know yet that they have begun."""
         if isinstance(self.worker.pool, prefork.TaskPool):
-            jobs = getattr(self.worker.pool._pool, "_cache", {})
-            return any(not job._worker_lost for job in list(jobs.values()))
+            return bool(getattr(self.worker.pool._pool, "_cache", None))
         return bool(state.active_requests)
 
     def _tell_loop(self, callback: Callable[[], Any]) -> None:
@@ -147,10 +146,10 @@ class Stop(threading.Thread):
             pool.executor.shutdown(wait=False, cancel_futures=True)
         if not isinstance(pool, prefork.TaskPool) or not pool._pool:
             return
-        # Those whose process died by itself a moment ago count; Celery would still wait for their result.
-        for job in list(pool._pool._cache.values()):
-            if job._worker_lost and not job.ready():
-                pool._pool.mark_as_worker_lost(job, job._worker_lost[1])
+        try:
+            pool._pool._join_exited_workers()  # a process that died by itself a moment ago counts
+        except Exception:
+            logger.exception("Could not look for processes that died by themselves")
         self.worker.consumer.cancel_active_requests()
         children = list(pool._pool._pool)
         pool._pool._terminate.cancel()
