@@ -6,19 +6,25 @@ import difflib
 import importlib.util
 import ipaddress
 import re
+import sys
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import yaml
+from ansible import constants as ansible_config
 from ansible.errors import AnsibleActionFail, AnsibleError
 from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
 from ansible.plugins.action import ActionBase
 from ansible.plugins.loader import filter_loader
+from ansible.utils.vars import load_extra_vars
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
+
+sys.path.append(str(Path(__file__).parents[1] / "plugin_utils"))
+import hothouse_variable_types as types  # found by the line above
 
 # Packages that the deployment itself needs in the application's lock file, and what for.
 NEEDED_PACKAGES = {
@@ -36,20 +42,6 @@ COMMON_VARIABLES = (
     "nginx_server_name",
     "redis_port",
     "redis_sentinel_port",
-)
-
-# Variables of the whole environment, which belong to no role.
-ENVIRONMENT_VARIABLES = (
-    "credentials_ca_file",
-    "credentials_file",
-    "credentials_replace",
-    "credentials_require_vault",
-    "private_address",
-    "private_ca_certificates",
-    "private_certificate",
-    "private_key",
-    "private_services",
-    "private_tls",
 )
 
 # The rule of the transport, which is no package of the controller.
@@ -121,8 +113,8 @@ def check_names(
     """No variable that begins like a role's is unknown to that role: a misspelled one would pass in silence."""
     for name in names:
         role = name.partition("_")[0]
-        if role in ("credentials", "private") and "_" in name and name not in ENVIRONMENT_VARIABLES:
-            near = difflib.get_close_matches(name, ENVIRONMENT_VARIABLES, n=1) or ENVIRONMENT_VARIABLES
+        if role in ("credentials", "private") and "_" in name and name not in types.ENVIRONMENT:
+            near = difflib.get_close_matches(name, types.ENVIRONMENT, n=1) or types.ENVIRONMENT
             problems.add(
                 f"`{name}` is no variable of an environment",
                 where.get(name, f"variables of the host `{host}`"),
@@ -510,20 +502,29 @@ def check_source(problems: Problems, source: str, where: str) -> None:
             )
 
 
-def find_definitions(sources: list[str]) -> dict[str, str]:
-    """Where each top-level variable of an inventory stands: name → `file:line`, the last one found."""
+def find_definitions(sources: list[str], extra: Iterable[str] = ()) -> dict[str, str]:
+    """Where each variable stands: name → `file:line`, the last one found. extra: names of variables given with -e."""
     where: dict[str, str] = {}
     for source in sources:
+        if "," in source:
+            continue
         root = Path(source)
         folder = root if root.is_dir() else root.parent
-        for path in sorted([*folder.glob("*.yml"), *folder.glob("*_vars/**/*.yml")]):
+        own = [path for path in folder.iterdir() if path.is_file()] if root.is_dir() else [root]
+        variables = [path for path in folder.glob("*_vars/**/*") if path.is_file()]
+        for path in [*sorted(own), *sorted(variables)]:
             if path.name == "credentials.yml":
                 continue
-            for number, line in enumerate(path.read_text().splitlines(), 1):
-                match = re.match(r"\s*([a-z][a-z0-9_]+):", line)
-                if match and (path.parent.name != folder.name or line.startswith(" ")):
-                    where[match[1]] = f"{path}:{number}"
-    return where
+            # A name before a colon, of hosts.yml only further in; in an INI file any before an equals sign.
+            pattern = (
+                r"\s*\"?([a-z][a-z0-9_]+)\"?\s*:" if path in variables else r"\s+\"?([a-z][a-z0-9_]+)\"?\s*:"
+            )
+            for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+                names = [match[1]] if (match := re.match(pattern, line)) else []
+                if path in own and path.suffix not in (".yml", ".yaml", ".json"):
+                    names = re.findall(r"\b([a-z][a-z0-9_]+)\s*=", line)
+                where.update(dict.fromkeys(names, f"{path}:{number}"))
+    return where | dict.fromkeys(extra, "-e or --extra-vars of this run")
 
 
 def plain(value: Any) -> Any:
@@ -569,9 +570,17 @@ class ActionModule(ActionBase):
         _, arguments = self.validate_argument_spec(
             {"needed_groups": {"type": "list", "elements": "str", "required": True}}
         )
+        if not types.is_installed():
+            raise AnsibleActionFail(
+                "Ansible does not read inventories with the plugin `hothouse`, so `-e nginx_hsts=false` would count as "
+                f"true; nothing was touched.\n    where: {ansible_config.CONFIG_FILE or 'no ansible.cfg'}, or the "
+                "environment variable ANSIBLE_INVENTORY_ENABLED\n    mend:  unset that, and run this in the folder of "
+                "Hothouse's ansible.cfg"
+            )
         groups, hostvars = task_vars["groups"], task_vars["hostvars"]
-        specs = self._specs(Path(task_vars["role_path"]).parent)
-        where = find_definitions(task_vars.get("ansible_inventory_sources") or [])
+        specs = types.specifications()
+        extra = load_extra_vars(self._loader)
+        where = find_definitions(task_vars.get("ansible_inventory_sources") or [], extra)
         problems = Problems()
 
         check_groups(
@@ -620,15 +629,6 @@ class ActionModule(ActionBase):
         )
 
     @staticmethod
-    def _specs(roles: Path) -> dict[str, dict[str, Any]]:
-        """The options of every role: role → name → option, from its meta/argument_specs.yml."""
-        specs = {}
-        for path in sorted(roles.glob("*/meta/argument_specs.yml")):
-            document = yaml.safe_load(path.read_text())
-            specs[path.parent.parent.name] = document["argument_specs"]["main"]["options"]
-        return specs
-
-    @staticmethod
     def _check_options(
         problems: Problems,
         host: str,
@@ -637,14 +637,24 @@ class ActionModule(ActionBase):
         where: dict[str, str],
     ) -> None:
         """The host's variables fit the specs of its roles; secrets are generated later and checked by the role."""
-        for role in {"prepare", "haproxy", "verify", *variables["group_names"]} & set(specs):
-            public = {name: option for name, option in specs[role].items() if not option.get("no_log")}
+        roles = {"prepare", "haproxy", "verify", *variables["group_names"]} & set(specs)
+        environment = {name: option for name, option in types.ENVIRONMENT.items() if option["type"] != "str"}
+        for role, options in [("", environment), *((role, specs[role]) for role in sorted(roles))]:
+            public = {name: option for name, option in options.items() if not option.get("no_log")}
             values = {}
-            for name in public:
+            for name in list(public):
                 if name not in variables:
                     continue
+                owner = name.partition("_")[0]
+                page = f"roles/{owner}/README.md" if owner in specs else "inventories/shared/common.yml"
+                given = types.GIVEN + name
                 try:
-                    values[name] = variables[name]
+                    value = variables[given if given in variables else name]
+                    values[name] = types.convert(value, public[name])
+                except types.WrongType as error:
+                    what = f"{types.complaint(name, error)} (host `{host}`)"
+                    problems.add(what, where.get(name, "group_vars"), f"see {page}")
+                    del public[name]
                 except AnsibleError as error:
                     problems.add(
                         f"`{name}` of the host `{host}` cannot be worked out: {error}",

@@ -7,6 +7,7 @@ import fnmatch
 import hashlib
 import ipaddress
 import re
+import sys
 from pathlib import Path, PurePath
 from string import ascii_lowercase, ascii_uppercase, digits
 from typing import Any
@@ -14,6 +15,9 @@ from typing import Any
 import bcrypt
 from ansible.errors import AnsibleFilterError
 from cryptography import x509
+
+sys.path.append(str(Path(__file__).parents[1] / "plugin_utils"))
+import hothouse_variable_types as types  # found by the line above
 
 # bcrypt writes base64 in an order of its own.
 BCRYPT_ALPHABET = str.maketrans(
@@ -393,11 +397,20 @@ def remains(lines: list[str], nouns: dict[str, dict[str, Any]], wanted: list[str
     }
 
 
+def as_specified(value: Any, name: str) -> Any:
+    """What a variable's template gave, in the type of the variable's specification."""
+    try:
+        return types.convert(value, types.options()[name])
+    except types.WrongType as error:
+        raise AnsibleFilterError(types.complaint(name, error)) from None
+
+
 class FilterModule:
     """Registers the filters with Ansible."""
 
     def filters(self) -> dict[str, Any]:
         return {
+            "as_specified": as_specified,
             "bcrypt_hash": bcrypt_hash,
             "certificate_expiry": certificate_expiry,
             "clock_skew": clock_skew,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +18,12 @@ import pytest
 import yaml
 
 BUNDLE = Path(__file__).resolve().parents[2]
+SECRET = re.compile(r"\w+-secret")
+ENVIRONMENT = {
+    **{name: value for name, value in os.environ.items() if not name.startswith("ANSIBLE_")},
+    "ANSIBLE_CONFIG": str(BUNDLE / "ansible.cfg"),
+    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+}
 
 
 def load_plugin(path: str) -> ModuleType:
@@ -29,6 +36,34 @@ def load_plugin(path: str) -> ModuleType:
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+def ansible(*command: str | Path, **environment: str) -> dict[str, list[dict[str, Any]]]:
+    """Runs Ansible as a user does, in the bundle's folder. Returns for each host the results of its tasks."""
+    done = subprocess.run(
+        command, cwd=BUNDLE, env=ENVIRONMENT | {"ANSIBLE_STDOUT_CALLBACK": "ansible.posix.json"} | environment,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    results: dict[str, list[dict[str, Any]]] = {}
+    for task in json.loads(done.stdout)["plays"][0]["tasks"]:
+        for host, result in task["hosts"].items():
+            results.setdefault(host, []).append(result)
+    return results
+
+
+def render(*arguments: str | Path) -> dict[str, dict[str, dict[str, str]]]:
+    """What the roles would write: host → `rendered` (path → text), `sums` of secret ones, `states` → path → value."""
+    playbook = BUNDLE / "tests/unit/data/render.yml"
+    results = ansible("ansible-playbook", playbook, *arguments, ANSIBLE_ROLES_PATH=str(BUNDLE / "roles"))
+    files: dict[str, dict[str, dict[str, str]]] = {}
+    for host, tasks in results.items():
+        for kind in ("rendered", "sums", "states"):
+            found = files.setdefault(host, {}).setdefault(kind, {})
+            for result in tasks:
+                found.update(result.get(kind, {}))
+        assert not SECRET.search(json.dumps(files[host])), "a secret is in a file that is not marked as one"
+    return files
 
 
 @dataclass

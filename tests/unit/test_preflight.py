@@ -5,23 +5,15 @@ Each test takes a copy of one of the shipped inventories, breaks one thing and r
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from conftest import BUNDLE
-
-ENVIRONMENT = {
-    **{name: value for name, value in os.environ.items() if not name.startswith("ANSIBLE_")},
-    "ANSIBLE_CONFIG": str(BUNDLE / "ansible.cfg"),
-    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-}
+from conftest import BUNDLE, ENVIRONMENT
 
 
 class Inventory:

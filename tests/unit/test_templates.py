@@ -3,46 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
 import bcrypt
 import pytest
 import yaml
-from conftest import BUNDLE, load_plugin
+from conftest import load_plugin, render
 
 filters = load_plugin("filter/hothouse")
-SECRET = re.compile(r"\w+-secret")
 
 
 @cache
 def rendered(inventory: str) -> dict[str, dict[str, str]]:
     """Host → path → text, for every file that is not secret."""
-    done = subprocess.run(
-        ["ansible-playbook", "-i", BUNDLE / "inventories" / inventory, BUNDLE / "tests/unit/data/render.yml"],
-        cwd=BUNDLE,
-        env={
-            **{name: value for name, value in os.environ.items() if not name.startswith("ANSIBLE_")},
-            "ANSIBLE_CONFIG": str(BUNDLE / "ansible.cfg"),
-            "ANSIBLE_STDOUT_CALLBACK": "ansible.posix.json",
-            "ANSIBLE_ROLES_PATH": str(BUNDLE / "roles"),
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert not SECRET.search(done.stdout), "a secret is in a file that is not marked as one"
-    files: dict[str, dict[str, str]] = {}
-    for task in json.loads(done.stdout)["plays"][0]["tasks"]:
-        for host, result in task["hosts"].items():
-            files.setdefault(host, {}).update(result.get("rendered", {}))
-    return files
+    return {host: files["rendered"] for host, files in render("-i", f"inventories/{inventory}").items()}
 
 
 def text(inventory: str, host: str, path: str) -> str:

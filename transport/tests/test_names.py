@@ -14,7 +14,18 @@ from hothouse_transport.names import unusable
 
 @pytest.mark.parametrize(
     "name",
-    ["default", "a.b:c/d-e", "Grüße", "очередь", "列", "📮", "👩\u200d🔧", "x" * 255, "unacked2", "my.deliveries"],
+    [
+        "default",
+        "a.b:c/d-e",
+        "Grüße",
+        "очередь",
+        "列",
+        "📮",
+        "👩\u200d🔧",
+        "x" * 255,
+        "unacked2",
+        "my.deliveries",
+    ],
 )
 def test_any_other_name_can_be_a_queue(name: str) -> None:
     assert unusable(name) is None

@@ -11,7 +11,7 @@ import socket
 import ssl
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -79,9 +79,13 @@ class Stack:
             "nginx_development_port", "mail_listen_address", "ansible_port", "monitor_parts", "private_tls",
             "haproxy_redis_nodes", "haproxy_services",
         )  # fmt: skip
-        message = "{{ dict(['" + "', '".join(names) + "'] | zip([" + ", ".join(
-            f"{name} | default(none)" for name in names
-        ) + "])) }}"  # fmt: skip
+        return self.values(names)
+
+    def values(self, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+        """The values of these variables by host, templated; None where one is not set."""
+        listed = "'" + "', '".join(names) + "'"
+        # As a text, in which mappings keep their order.
+        message = f"{{{{ dict([{listed}] | zip(query('ansible.builtin.vars', {listed}, default=none))) | to_json }}}}"
         done = subprocess.run(
             ["ansible", *self.inventory_options, "all", "-m", "ansible.builtin.debug", "-a", f"msg={message}"],
             env=self.environment
@@ -89,7 +93,7 @@ class Stack:
             capture_output=True, text=True, check=True,
         )  # fmt: skip
         hosts = json.loads(done.stdout)["plays"][0]["tasks"][0]["hosts"]
-        return {name: result["msg"] for name, result in hosts.items()}
+        return {name: json.loads(result["msg"]) for name, result in hosts.items()}
 
     @cached_property
     def secrets(self) -> dict[str, str]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from conftest import REPOSITORY, Stack
 
 SCENARIOS = ("local",)
@@ -41,6 +43,34 @@ def test_a_rerun_changes_nothing_and_takes_few_round_trips(stack: Stack) -> None
 
 def test_check_mode_on_a_converged_host_predicts_nothing(stack: Stack) -> None:
     done = stack.playbook("--check", "--diff", "site.yml")
+    assert all("changed=0" in line for line in done.stdout.splitlines() if " ok=" in line)
+
+
+def test_values_that_are_all_strings_change_nothing(stack: Stack) -> None:
+    """As -e name=value, AWX and INI inventories give them: every variable of a role whose type is not a text."""
+    specs = [
+        yaml.safe_load(path.read_text())["argument_specs"]["main"]["options"]
+        for path in sorted(REPOSITORY.glob("roles/*/meta/argument_specs.yml"))
+    ]
+    names = sorted(
+        {name for spec in specs for name, option in spec.items() if option.get("type", "str") != "str"}
+    )
+    found = {
+        name: option["default"] for spec in specs for name, option in spec.items() if "default" in option
+    }
+    found |= {name: value for name, value in stack.values(names)["local1"].items() if value is not None}
+    texts = {
+        name: value if isinstance(value, str) else json.dumps(value)
+        for name, value in found.items()
+        if name in names and not name.startswith("compose_")
+    }
+    assert len(texts) > 80
+    extra = Path(stack.credentials_file.parent / "texts.json")
+    extra.write_text(json.dumps(texts))
+    try:
+        done = stack.playbook("--check", "--diff", "site.yml", "-e", f"@{extra}")
+    finally:
+        extra.unlink()
     assert all("changed=0" in line for line in done.stdout.splitlines() if " ok=" in line)
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import zlib
 
@@ -35,7 +36,13 @@ def main() -> None:
         for entry, content in zip(module.params["files"], contents, strict=True)
         if content is not None and not entry["secret"]
     }
-    module.exit_json(changed=False, rendered=texts)
+    sums = {
+        entry["path"]: hashlib.sha256(content.encode("latin-1")).hexdigest()
+        for entry, content in zip(module.params["files"], contents, strict=True)
+        if content is not None and entry["secret"]
+    }
+    states = {entry["path"]: entry["state"] for entry in module.params["files"]}
+    module.exit_json(changed=False, rendered=texts, sums=sums, states=states)
 
 
 if __name__ == "__main__":
