@@ -72,6 +72,6 @@ def produce(rate: float, first: int) -> None:
 
 
 if __name__ == "__main__":
-    import hothouse_celery  # noqa: F401 - the application that the tasks belong to
+    from hothouse_celery import app  # noqa: F401 - the application that the tasks belong to
 
     produce(float(sys.argv[1]), int(sys.argv[2]))

@@ -14,9 +14,10 @@ RESERVED = frozenset(
         "dead-letter",
         "unknown-task",
         "unknown-task.names",
+        "revoked",
     }
 )
-RESERVED_BEGINNINGS = ("_kombu.", "flower.unacked")
+RESERVED_BEGINNINGS = ("_kombu.", "flower.unacked", "app.unacked")
 # Queues that Celery itself makes, for remote control and events.
 INTERNAL_BEGINNINGS, INTERNAL_ENDS = ("celeryev.",), (".celery.pidbox",)
 INTERNAL = frozenset({"celery.pidbox", "reply.celery.pidbox", "celeryev"})

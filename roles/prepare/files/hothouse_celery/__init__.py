@@ -26,7 +26,10 @@ from celery.utils.imports import symbol_by_name
 
 from hothouse_celery import logs
 
-__all__ = ("app", "configure", "credential", "load", "logs", "notify_systemd")
+__all__ = ("adopt", "app", "configure", "credential", "load", "logs", "notify_systemd")
+
+#: Loaded when it is first asked for, so that its own module may import this package.
+app: Celery
 
 PING_TASK = "hothouse.ping"
 # Settings that an application may add to and the deployment completes; all others it replaces.
@@ -88,19 +91,38 @@ def ping() -> str:
     return socket.gethostname()
 
 
-def load() -> Celery:
-    """The application named by HOTHOUSE_APP, configured, with the ping task added."""
-    target = os.environ.get("HOTHOUSE_APP")
-    app = configure(symbol_by_name(target) if target else Celery("hothouse"))
+def adopt(app: Celery) -> Celery:
+    """Make an application the deployment's: its settings, and what this package does otherwise than Celery."""
+    from hothouse_celery import revokes
+
+    configure(app)
     app.conf.worker_consumer = "hothouse_celery.worker:Consumer"
     Task.Request = "hothouse_celery.worker:Request"
     app.loader.override_backends = {
         **app.loader.override_backends,
         "redis": "hothouse_celery.results:Backend",
     }
+    revokes.make_lasting(app)
+    return app
+
+
+def load() -> Celery:
+    """The application named by HOTHOUSE_APP, configured, with the ping task added."""
+    target = os.environ.get("HOTHOUSE_APP")
+    app = adopt(symbol_by_name(target) if target else Celery("hothouse"))
     if target:
         app.task(name=PING_TASK, ignore_result=False, acks_late=False)(ping)
     return app
+
+
+def __getattr__(name: str) -> Any:
+    if name != "app":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return globals().setdefault(name, load())
+    except AttributeError as error:
+        # Celery would take it for a module without an application, and look for one elsewhere.
+        raise ImportError(f"cannot load {os.environ.get('HOTHOUSE_APP')}: {error}") from error
 
 
 def notify_systemd(state: str, **_signal: Any) -> None:
@@ -134,6 +156,3 @@ def stamp(headers: dict[str, Any], **_signal: Any) -> None:
     # A task that comes so far as to ask for a retry does not kill its process each time.
     if get_current_task():
         headers.pop("losses", None)
-
-
-app = load()
