@@ -83,9 +83,8 @@ def test_what_was_revoked_does_not_run_on_a_worker_that_starts_later(
             ]
         )
         assert run(code + "; app.control.revoke(ids['delayed'])").stderr == ""
-        cli = run(
-            "", sys.executable, "-m", "celery", "-A", "canvas", "control", "--timeout=5", "revoke", ids["cli"]
-        )
+        whom = ["--timeout=20", "--destination=early@here"] if workers == "one is there" else ["--timeout=1"]
+        cli = run("", sys.executable, "-m", "celery", "-A", "canvas", "control", *whom, "revoke", ids["cli"])
         assert cli.returncode == (0 if workers == "one is there" else 69), cli.stderr
         # As Flower does, which has the shim, but neither the application nor the right to more.
         (tmp_path / "flower").mkdir()
@@ -111,14 +110,14 @@ def test_what_was_revoked_does_not_run_on_a_worker_that_starts_later(
 
     if workers == "one is there":
         with celery(log, *words("early@here", "other")):
-            wait_until(lambda: log.exists() and "ready" in log.read_text())
+            wait_until(lambda: log.exists() and "ready" in log.read_text(), 60)
             revoke()
-            wait_until(lambda: deployment.admin.zscore("q:revoked", json.dumps(ids["foreign"])))
+            wait_until(lambda: deployment.admin.zscore("q:revoked", json.dumps(ids["foreign"])), 60)
     else:
         revoke()
     good = {"good"} if workers == "one is there" else {"good", "foreign"}
     with celery(tmp_path / "late.log", *words("late@elsewhere", "trials")):
-        wait_until(lambda: settled(deployment))
+        wait_until(lambda: settled(deployment), 60)
     assert {name: state(deployment, task) for name, task in ids.items()} == {
         name: "SUCCESS" if name in good else "REVOKED" for name in ids
     }
@@ -132,18 +131,18 @@ def test_a_worker_that_did_not_hear_of_a_revoke_learns_of_it_when_it_connects_ag
     account(deployment, "app", redis_app_may_control=True)
     log = tmp_path / "worker.log"
     with celery(log, *words("here@here", "trials", pool)):
-        wait_until(lambda: log.exists() and "ready" in log.read_text())
+        wait_until(lambda: log.exists() and "ready" in log.read_text(), 60)
         assert run("from canvas import app; app.control.revoke('heard')").stderr == ""
-        wait_until(lambda: "flagged as revoked" in log.read_text())
+        wait_until(lambda: "flagged as revoked" in log.read_text(), 60)
         deployment.admin.delete("q:revoked")
         deployment.admin.zadd("q:revoked", {'"missed"': time.time()})
         for client in deployment.admin.client_list():
             if client["user"] == "worker":
                 deployment.admin.client_kill_filter(_id=client["id"])
-        wait_until(lambda: deployment.admin.zcard("q:revoked") == 2)
+        wait_until(lambda: deployment.admin.zcard("q:revoked") == 2, 60)
         ids = ["heard", "missed", "good"]
         publish(run, {name: f"add.apply_async((1,), task_id={name!r}).id" for name in ids})
-        wait_until(lambda: settled(deployment))
+        wait_until(lambda: settled(deployment), 60)
     assert [state(deployment, name) for name in ids] == ["REVOKED", "REVOKED", "SUCCESS"]
 
 
@@ -174,7 +173,7 @@ def test_notes_are_bounded_and_odd_ones_do_no_harm(run: Run, deployment: Redis, 
     deployment.admin.zadd("q:revoked", {member.encode(errors="surrogateescape"): 1 for member in odd})
     log = tmp_path / "worker.log"
     with celery(log, *words("late@elsewhere", "trials")):
-        wait_until(lambda: settled(deployment))
+        wait_until(lambda: settled(deployment), 60)
     assert [state(deployment, ids[name]) for name in ("good", "first", "last")] == [
         "SUCCESS",
         "SUCCESS",
@@ -185,6 +184,6 @@ def test_notes_are_bounded_and_odd_ones_do_no_harm(run: Run, deployment: Redis, 
     deployment.admin.lpush("q:revoked", "a message")
     ids = publish(run, {"good": "add.delay(1).id"})
     with celery(log, *words("later@elsewhere", "trials")):
-        wait_until(lambda: settled(deployment))
+        wait_until(lambda: settled(deployment), 60)
     assert state(deployment, ids["good"]) == "SUCCESS"
     assert "Revokes from before this worker started are not known to it: WRONGTYPE" in log.read_text()
