@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 from conftest import Redis, wait_until
-from hosts import celery, send
-from test_hothouse_worker import set_settings, shim, words
+from hosts import celery, python, send
+from test_hothouse_worker import Manager, manager, set_settings, shim, words
 from trials import ODD
 
-__all__ = ("shim",)
+__all__ = ("manager", "shim")
 
 POOLS = ["prefork", "threads", "solo"]
 # How long a stop may take beyond the soft shutdown time, in seconds.
@@ -76,6 +76,41 @@ def test_what_does_not_finish_goes_back_at_once(shim: Redis, tmp_path: Path, poo
     print(f"{pool}, {how}: stopped in {took:.1f} s")
     assert not shim.admin.exists("q:unacked", "q:unacked_index", "q:deliveries")
     assert shim.admin.llen("q:trials") == len(ids)
+
+
+@pytest.mark.parametrize("own_transport", [True, False], ids=["own", "kombu"])
+@pytest.mark.parametrize("pool", POOLS)
+def test_a_second_signal_ends_the_soft_shutdown_time_and_what_waits_for_its_time_goes_back(
+    shim: Redis, manager: Manager, tmp_path: Path, pool: str, own_transport: bool
+) -> None:
+    set_settings(tmp_path, worker_soft_shutdown_timeout=60, hothouse_transport=own_transport)
+    log, runs = tmp_path / "worker.log", tmp_path / "runs"
+    with celery(log, *words(pool), REMAP_SIGTERM="SIGQUIT", **manager.environment) as process:
+        later = "from hothouse_celery import app; app.tasks['trials.say'].apply_async(['it'], countdown=600)"
+        assert not python("-c", later).returncode
+        wait_until(lambda: log.exists() and "event=received" in log.read_text())
+        send(("stay", [str(runs), "sleeps"]))
+        wait_until(lambda: runs_of(runs))
+        process.send_signal(signal.SIGTERM)
+        wait_until(lambda: manager.said("STOPPING=1"))
+        stop(process, 0)
+    assert not shim.admin.exists("q:unacked", "q:unacked_index")
+    assert shim.admin.llen("q:trials") == 2
+
+
+def test_processes_that_are_killed_while_they_answer_hold_no_worker(shim: Redis, tmp_path: Path) -> None:
+    log, runs = tmp_path / "worker.log", tmp_path / "runs"
+    with celery(log, *words(), REMAP_SIGTERM="SIGQUIT") as process:
+        ids = send(*[("answer", [str(runs), 0, "raise", 5_000_000])] * 20)
+        for number in range(1, 9):
+            wait_until(lambda least=number: sum(runs_of(runs).values()) > least)
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            for child in children[: 1 + number % 2]:
+                os.kill(int(child), signal.SIGKILL)
+        wait_until(lambda: not shim.admin.exists("q:trials", "q:unacked", "q:unacked_index"), 60)
+        assert process.poll() is None
+        stop(process, 0)
+    assert set(runs_of(runs)) == set(ids)
 
 
 @pytest.mark.parametrize("pool", POOLS)
