@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from hashlib import sha256
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -114,7 +115,7 @@ def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     (tmp_path / "redis_sentinel").write_text("secret\n")
     (tmp_path / "redis_admin").write_text("secret\n")
     paths = {"STATE": tmp_path, "CREDENTIALS": tmp_path, "CONFIGURED": tmp_path}
-    paths["LOADED_USERS"] = tmp_path / "run/users.sha256"
+    paths |= {"LOADED": tmp_path / "run/loaded", "BEFORE": tmp_path / "run/before"}
     for name, value in {**paths, "PRIMARY_SECONDS": 0.3, "ACCOUNT": getpass.getuser()}.items():
         monkeypatch.setattr(module, name, value)
     module.__dict__["settings"] = own = module.Settings(tmp_path / "redis.json")
@@ -235,10 +236,11 @@ def test_root_reads_no_file_through_a_link_and_waits_for_no_pipe(
 def test_what_was_loaded_is_noted_where_redis_cannot_write(node: ModuleType, tmp_path: Path) -> None:
     leave(tmp_path, seed="primary", users_acl=USERS)
     node.compose()
-    assert node.text_of(node.LOADED_USERS) == node.users_hash()
-    assert node.LOADED_USERS.parent.stat().st_mode & 0o777 == 0o700
+    assert node.loaded_files()["users.acl"] == USERS.encode()
+    assert {path.stat().st_mode & 0o777 for path in (node.LOADED, node.LOADED.parent)} == {0o700}
+    assert {path.stat().st_mode & 0o777 for path in node.LOADED.iterdir()} == {0o600}
     source = (BUNDLE / "roles/redis/files/hothouse_redis.py").read_text()
-    assert 'LOADED_USERS = Path("/run/hothouse-redis/users.sha256")' in source
+    assert 'LOADED = Path("/run/hothouse-redis/loaded")' in source
 
 
 # Real servers.
@@ -363,10 +365,70 @@ def test_a_replica_that_has_data_is_promotable_when_it_follows_or_nobody_is_ther
 def test_replicas_learn_a_new_login_by_a_reload(node: ModuleType, tmp_path: Path, start: Start) -> None:
     start(tmp_path / "data", "--masterauth", "old")
     (tmp_path / "replication.conf").write_text("# roles/redis\nmasterauth new\n")
-    node.note_users(node.users_hash())
     node.reload()
     with node.settings.redis() as redis:
         assert redis.ask("CONFIG", "GET", "masterauth")[1] == "new"
+
+
+def give(folder: Path, password: str) -> None:
+    """What a run writes for another password of `admin`."""
+    (folder / "redis_admin").write_text(f"{password}\n")
+    (folder / "users.acl").write_text(USERS.replace(">secret", f"#{sha256(password.encode()).hexdigest()}"))
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_password_of_admin_that_changes_twice_before_redis_hears_of_it_is_taken_over(
+    node: ModuleType, tmp_path: Path, start: Start, alone: bool
+) -> None:
+    node.settings.nodes = {} if alone else node.settings.nodes
+    give(tmp_path, "secret")
+    start(tmp_path / "data")
+    node.note(node.deployed_files())
+    give(tmp_path, "second")
+    give(tmp_path, "third")
+    node.reload()
+    node.reload()
+    node.settle()
+    for password in ("secret", "second"):
+        with pytest.raises(node.LoginError):
+            node.Redis(NODES["r1"], node.settings.port, [], "admin", [password])
+    with node.Redis(NODES["r1"], node.settings.port, [], "admin", ["third"]) as redis:
+        assert redis.ask("PING") == "PONG"
+
+
+def test_what_is_deployed_while_redis_starts_is_taken_over_at_once(
+    node: ModuleType, tmp_path: Path, start: Start
+) -> None:
+    """systemd takes it for read, as the unit was not active before."""
+    node.settings.nodes = {}
+    leave(tmp_path, seed="primary", users_acl=USERS)
+    node.compose()
+    start(tmp_path / "data")
+    give(tmp_path, "late")
+    node.ready()
+    with node.Redis(NODES["r1"], node.settings.port, [], "admin", ["late"]) as redis:
+        assert redis.ask("PING") == "PONG"
+
+
+def test_a_redis_that_was_given_another_password_by_hand_says_what_helps(
+    node: ModuleType, tmp_path: Path, start: Start
+) -> None:
+    node.settings.nodes = {}
+    server = start(tmp_path / "data")
+    node.note(node.deployed_files())
+    with node.settings.redis() as redis:
+        redis.ask("ACL", "SETUSER", "admin", "resetpass", ">by hand")
+    give(tmp_path, "second")
+    with pytest.raises(node.RedisError) as error:
+        node.reload()
+    assert "password of `admin`" in str(error.value) and "`systemctl restart redis-server`" in str(
+        error.value
+    )
+    server.kill()
+    server.wait()
+    node.compose()
+    start(tmp_path / "data")
+    node.reload()
 
 
 def test_a_redis_that_is_alone_forgets_what_its_sentinel_knew(node: ModuleType, tmp_path: Path) -> None:
@@ -404,19 +466,19 @@ def test_users_count_as_loaded_only_when_redis_has_loaded_them(
     node: ModuleType, tmp_path: Path, start: Start
 ) -> None:
     start(tmp_path / "data")
-    node.note_users("of the start")
+    node.note({"users.acl": b"of the start"})
     (tmp_path / "users.acl").write_text(USERS + "user mistaken on +nonsense\n")
     for _ in range(2):
         with pytest.raises(node.RedisError):
-            node.reload()
-        assert node.text_of(node.LOADED_USERS) == "of the start"
+            node.settle()
+        assert node.loaded_files()["users.acl"] == b"of the start"
     # The admin is another one too, so that Redis closes the connection that loads.
     (tmp_path / "users.acl").write_text(
         USERS.replace(">secret", ">secret >second") + "user late on >late +ping\n"
     )
-    node.reload()
-    assert node.text_of(node.LOADED_USERS) == node.users_hash()
-    with node.Redis(NODES["r1"], node.settings.port, False, "late", "late") as late:
+    node.settle()
+    assert node.loaded_files() == node.deployed_files()
+    with node.Redis(NODES["r1"], node.settings.port, [], "late", ["late"]) as late:
         assert late.ask("PING") == "PONG"
 
 
@@ -425,7 +487,7 @@ def test_a_closed_connection_counts_only_if_a_new_login_works(
     node: ModuleType, tmp_path: Path, answer: bytes
 ) -> None:
     leave(tmp_path, users_acl=USERS)
-    node.note_users("of the start")
+    node.note({"users.acl": b"of the start"})
     with socket.create_server((NODES["r1"], node.settings.port)) as listener:
 
         def serve() -> None:
@@ -442,12 +504,12 @@ def test_a_closed_connection_counts_only_if_a_new_login_works(
         thread = threading.Thread(target=serve)
         thread.start()
         if answer.startswith(b"+"):
-            node.reload()
-            assert node.text_of(node.LOADED_USERS) == node.users_hash()
+            node.settle()
+            assert node.loaded_files() == node.deployed_files()
         else:
             with pytest.raises(node.RedisError):
-                node.reload()
-            assert node.text_of(node.LOADED_USERS) == "of the start"
+                node.settle()
+            assert node.loaded_files()["users.acl"] == b"of the start"
         thread.join()
 
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import grp
-import hashlib
 import json
 import os
 import pwd
 import re
+import shutil
 import socket
 import ssl
 import stat
@@ -29,7 +29,13 @@ CONFIGURED = Path("/etc/redis")
 STATE = Path("/var/lib/redis")
 CREDENTIALS = Path("/etc/hothouse/credentials")
 SETTINGS = Path("/etc/hothouse/redis.json")
-LOADED_USERS = Path("/run/hothouse-redis/users.sha256")  # root's own, unlike what Redis can write
+# What the running Redis has loaded, and what it had before, while newer files may be there already. Root's own.
+LOADED = Path("/run/hothouse-redis/loaded")
+BEFORE = Path("/run/hothouse-redis/before")
+PASSWORDS = ("redis_admin", "redis_sentinel")
+CERTIFICATES = ("ca.crt", "host.crt", "host.key")
+USERS = "users.acl"
+REPLICATION = "replication.conf"
 ACCOUNT = "redis"
 MASTER = "hothouse"
 HEADER = (
@@ -57,6 +63,10 @@ class RedisError(Exception):
     """What Redis answered instead of doing it."""
 
 
+class LoginError(RedisError):
+    """None of the passwords is right."""
+
+
 class Settings:
     """What roles/redis knows of the node and the others."""
 
@@ -79,15 +89,25 @@ class Settings:
 
     def redis(self, address: str | None = None, seconds: float = ANSWER_SECONDS) -> Redis:
         """A connection to Redis as `admin`."""
-        return Redis(address or self.address, self.port, self.tls, "admin", read("redis_admin"), seconds)
+        return Redis(
+            address or self.address, self.port, self.identities(), "admin", passwords("redis_admin"), seconds
+        )
 
     def sentinel(self, address: str) -> Redis:
         """A connection to a Sentinel."""
-        return Redis(address, self.sentinel_port, self.tls, "default", read("redis_sentinel"))
+        return Redis(address, self.sentinel_port, self.identities(), "default", passwords("redis_sentinel"))
+
+    def identities(self) -> list[Path]:
+        """Folders with certificates, one of which a node accepts while they are being replaced; none without TLS."""
+        return [
+            folder for folder in (LOADED, CONFIGURED, BEFORE) if self.tls and (folder / "ca.crt").exists()
+        ]
 
 
-def read(credential: str) -> str:
-    return (CREDENTIALS / credential).read_text().strip()
+def passwords(credential: str) -> list[str]:
+    """The passwords that a node may accept while they are being replaced: what it has loaded is seldom the newest."""
+    paths = [folder / credential for folder in (LOADED, CREDENTIALS, BEFORE)]
+    return list(dict.fromkeys(path.read_text().strip() for path in paths if path.exists()))
 
 
 class Redis:
@@ -97,23 +117,38 @@ class Redis:
         self,
         address: str,
         port: int,
-        tls: bool,
+        identities: list[Path],
         user: str,
-        password: str,
+        passwords: list[str],
         seconds: float = ANSWER_SECONDS,
     ) -> None:
-        connection = socket.create_connection((address, port), timeout=seconds)
-        try:
-            if tls:
-                context = ssl.create_default_context(cafile=str(CONFIGURED / "ca.crt"))
-                context.load_cert_chain(CONFIGURED / "host.crt", CONFIGURED / "host.key")
-                connection = context.wrap_socket(connection, server_hostname=address)
-            self._connection = connection
-            self._reader = connection.makefile("rb")
-            self.ask("AUTH", user, password)
-        except BaseException:
-            connection.close()
-            raise
+        for identity in identities or [None]:
+            last = not identities or identity == identities[-1]
+            connection = socket.create_connection((address, port), timeout=seconds)
+            try:
+                if identity:
+                    context = ssl.create_default_context(cafile=str(identity / "ca.crt"))
+                    context.load_cert_chain(identity / "host.crt", identity / "host.key")
+                    connection = context.wrap_socket(connection, server_hostname=address)
+                self._connection = connection
+                self._reader = connection.makefile("rb")
+                self._log_in(user, passwords)
+                return
+            except (ssl.SSLError, ConnectionError):
+                # The other side may look at our certificate only now.
+                connection.close()
+                if last:
+                    raise
+            except BaseException:
+                connection.close()
+                raise
+
+    def _log_in(self, user: str, passwords: list[str]) -> None:
+        for password in passwords:
+            with contextlib.suppress(LoginError):
+                self.ask("AUTH", user, password)
+                return
+        raise LoginError(f"none of the passwords of `{user}` is right")
 
     def __enter__(self) -> Redis:
         return self
@@ -141,7 +176,7 @@ class Redis:
             raise ConnectionResetError("the connection was closed")
         kind, text = line[:1], line[1:-2].decode()
         if kind == b"-":
-            raise RedisError(text)
+            raise (LoginError if text.startswith("WRONGPASS") else RedisError)(text)
         if kind == b":":
             return int(text)
         if kind == b"$":
@@ -349,7 +384,7 @@ def compose() -> None:
         # What it knows would be old news if this ever becomes one of several nodes again.
         (STATE / "sentinel.conf").unlink(missing_ok=True)
     replace(STATE / "redis.conf", lines)
-    note_users(users_hash())
+    note(deployed_files())
 
 
 def compose_sentinel() -> None:
@@ -403,12 +438,15 @@ def ready() -> None:
     settings = Settings()
     (STATE / "seed").unlink(missing_ok=True)
     if not settings.nodes:
+        settle()
         return
     empty = (STATE / INCOMPLETE).exists()
     began, copied = time.monotonic(), 0
     while True:
         late = time.monotonic() - began > PRIMARY_SECONDS
         try:
+            # What was deployed since it began to start would be taken for loaded from now on.
+            settle()
             with settings.redis(seconds=BUSY_SECONDS) as redis:
                 info = redis.info("replication")
                 if info["role"] != "slave" or info["master_link_status"] == "up":
@@ -566,38 +604,90 @@ def progress(info: dict[str, str], offset: int) -> list[bool]:
     return [int(replica["offset"]) >= offset for replica in replicas if replica["state"] == "online"]
 
 
-def users_hash() -> str:
-    return hashlib.sha256(content(CONFIGURED / "users.acl")).hexdigest()
+def deployed_files() -> dict[str, bytes]:
+    """The files by which a node is let in and lets others in, as they are on the disk."""
+    paths = [CREDENTIALS / name for name in PASSWORDS]
+    paths += [CONFIGURED / name for name in (USERS, REPLICATION, *CERTIFICATES)]
+    return {path.name: content(path) for path in paths if path.exists()}
 
 
-def note_users(loaded: str) -> None:
-    """Remember which users Redis has loaded."""
-    LOADED_USERS.parent.mkdir(mode=0o700, exist_ok=True)
-    LOADED_USERS.write_text(loaded)
+def loaded_files() -> dict[str, bytes]:
+    """The same files as the running Redis has loaded them."""
+    return {path.name: path.read_bytes() for path in LOADED.glob("*")}
 
 
-def reload() -> None:
+def note(files: dict[str, bytes]) -> None:
+    """Remember what Redis has loaded, and what it had before, by which the other nodes may still know this one."""
+    if files == loaded_files():
+        return
+    new = LOADED.with_name("new")
+    shutil.rmtree(new, ignore_errors=True)
+    LOADED.parent.mkdir(mode=0o700, exist_ok=True)
+    new.mkdir(mode=0o700)
+    for name, data in files.items():
+        with os.fdopen(os.open(new / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(data)
+    if LOADED.exists():
+        shutil.rmtree(BEFORE, ignore_errors=True)
+        LOADED.rename(BEFORE)
+    new.rename(LOADED)
+
+
+def reload(settle: bool = False) -> None:
     """Take over new certificates, users and the login of replicas without a restart.
 
-    Connections stay, except those of changed users.
+    Connections stay, except those of changed users. On several nodes none is closed at first, for a Sentinel that does
+    not know the new passwords and certificates yet could not come back, and would take a Redis for dead that is well:
+    the old passwords stay good beside the new ones until this is asked to `settle`. Raises RedisError and OSError.
     """
     settings = Settings()
-    with settings.redis(seconds=BUSY_SECONDS) as redis:
-        login = re.search(r"^masterauth (\S+)$", text_of(CONFIGURED / "replication.conf") or "", re.MULTILINE)
-        if login:
-            redis.ask("CONFIG", "SET", "masterauth", login[1])
-        if settings.tls:
-            files = {"tls-cert-file": "host.crt", "tls-key-file": "host.key", "tls-ca-cert-file": "ca.crt"}
-            words = [word for option, name in files.items() for word in (option, str(CONFIGURED / name))]
-            redis.ask("CONFIG", "SET", *words)
-        if text_of(LOADED_USERS) != (users := users_hash()):
-            try:
-                redis.ask("ACL", "LOAD")
-            except ConnectionError:
+    new, old = deployed_files(), loaded_files()
+    hashes, old_hashes = hashes_of(new), hashes_of(old)
+    overlap = bool(settings.nodes) and USERS in old and not settle
+    try:
+        with settings.redis(seconds=BUSY_SECONDS) as redis:
+            login = re.search(rb"^masterauth (\S+)$", new.get(REPLICATION, b""), re.MULTILINE)
+            if login:
+                redis.ask("CONFIG", "SET", "masterauth", login[1].decode())
+            if settings.tls:
+                files = {
+                    "tls-cert-file": "host.crt",
+                    "tls-key-file": "host.key",
+                    "tls-ca-cert-file": "ca.crt",
+                }
+                words = [word for option, name in files.items() for word in (option, str(CONFIGURED / name))]
+                redis.ask("CONFIG", "SET", *words)
+            if overlap:
+                for user in hashes.keys() & old_hashes.keys():
+                    redis.ask("ACL", "SETUSER", user, f"#{hashes[user]}")
+            elif new.get(USERS) != old.get(USERS):
                 # Redis 7.0 closes every connection when it has loaded them, this one too.
-                with settings.redis(seconds=BUSY_SECONDS):
-                    pass
-            note_users(users)
+                with contextlib.suppress(ConnectionError):
+                    redis.ask("ACL", "LOAD")
+    except (LoginError, ssl.SSLError) as error:
+        raise RedisError(
+            f"The running Redis on {settings.address} knows neither the password of `admin` and the certificates in "
+            f"{CREDENTIALS} and {CONFIGURED} nor those of before ({error}). Nothing was changed in it. Restart it, and "
+            "it loads the files that are there: `systemctl restart redis-server`, on one host after the other; a "
+            "primary that does so is replaced by a replica, if there is one. Then repeat the run"
+        ) from None
+    # It counts only if what was deployed is let in from now on.
+    password = new["redis_admin"].decode().strip()
+    identities = [CONFIGURED] if settings.tls else []
+    with Redis(settings.address, settings.port, identities, "admin", [password], BUSY_SECONDS):
+        note(new | {USERS: old[USERS]} if overlap else new)
+
+
+def hashes_of(files: dict[str, bytes]) -> dict[str, str]:
+    """The hash of each user's password, from the file of users."""
+    return dict(re.findall(r"^user (\S+) on #(\S+)", files.get(USERS, b"").decode(), re.MULTILINE))
+
+
+def settle() -> None:
+    """Let no one in any more by a password of before. Raises RedisError and OSError."""
+    if loaded_files() != deployed_files():
+        reload(settle=True)
+        print("What was deployed is in force, and nothing else.")
 
 
 def primary() -> None:
@@ -613,6 +703,7 @@ def main() -> None:
         "compose-sentinel": compose_sentinel,
         "ready": ready,
         "reload": reload,
+        "settle": settle,
         "stop": stop,
         "primary": primary,
     }
