@@ -83,9 +83,9 @@ class Stack:
 
     def values(self, names: Iterable[str]) -> dict[str, dict[str, Any]]:
         """The values of these variables by host, templated; None where one is not set."""
-        listed = "'" + "', '".join(names) + "'"
+        listed = ", ".join(f"'{name}': {name} | default(none)" for name in names)
         # As a text, in which mappings keep their order.
-        message = f"{{{{ dict([{listed}] | zip(query('ansible.builtin.vars', {listed}, default=none))) | to_json }}}}"
+        message = f"{{{{ {{{listed}}} | to_json }}}}"
         done = subprocess.run(
             ["ansible", *self.inventory_options, "all", "-m", "ansible.builtin.debug", "-a", f"msg={message}"],
             env=self.environment
