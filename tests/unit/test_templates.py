@@ -19,7 +19,7 @@ filters = load_plugin("filter/hothouse")
 @cache
 def rendered(inventory: str) -> dict[str, dict[str, str]]:
     """Host → path → text, for every file that is not secret."""
-    return {host: files["rendered"] for host, files in render("-i", f"inventories/{inventory}").items()}
+    return {host: files["rendered"] for host, files in render("-i", BUNDLE / "inventories" / inventory).items()}
 
 
 def text(inventory: str, host: str, path: str) -> str:
