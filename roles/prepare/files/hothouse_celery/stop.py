@@ -156,9 +156,8 @@ class Stop(threading.Thread):
         pool._pool = pool.flush = None
         end = time.monotonic() + CHILDREN_SECONDS
         for child in children:
-            if not getattr(
-                child, "_controlled_termination", False
-            ):  # a second signal would not let it clean up
+            # A second signal would not let it clean up.
+            if not getattr(child, "_controlled_termination", False):
                 child.terminate()
         for child in children:
             child.join(max(0, end - time.monotonic()))
