@@ -98,6 +98,18 @@ def test_a_second_signal_ends_the_soft_shutdown_time_and_what_waits_for_its_time
     assert shim.admin.llen("q:trials") == 2
 
 
+def test_a_stop_by_remote_control_has_the_same_limit(shim: Redis, tmp_path: Path) -> None:
+    set_settings(tmp_path, worker_soft_shutdown_timeout=1)
+    log, runs = tmp_path / "worker.log", tmp_path / "runs"
+    with celery(log, *words()) as process:
+        send(("stay", [str(runs), "sleeps"]))
+        wait_until(lambda: runs_of(runs))
+        assert not python("-c", "from hothouse_celery import app; app.control.shutdown()").returncode
+        assert process.wait(1 + MORE_SECONDS) == 0
+    assert not shim.admin.exists("q:unacked", "q:unacked_index")
+    assert shim.admin.llen("q:trials") == 1
+
+
 def test_processes_that_are_killed_while_they_answer_hold_no_worker(shim: Redis, tmp_path: Path) -> None:
     log, runs = tmp_path / "worker.log", tmp_path / "runs"
     with celery(log, *words(), REMAP_SIGTERM="SIGQUIT") as process:
