@@ -14,7 +14,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import yaml
-from ansible import constants as ansible_config
 from ansible.errors import AnsibleActionFail, AnsibleError
 from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
 from ansible.plugins.action import ActionBase
@@ -570,13 +569,6 @@ class ActionModule(ActionBase):
         _, arguments = self.validate_argument_spec(
             {"needed_groups": {"type": "list", "elements": "str", "required": True}}
         )
-        if not types.is_installed():
-            raise AnsibleActionFail(
-                "Ansible does not read inventories with the plugin `hothouse`, so `-e nginx_hsts=false` would count as "
-                f"true; nothing was touched.\n    where: {ansible_config.CONFIG_FILE or 'no ansible.cfg'}, or the "
-                "environment variable ANSIBLE_INVENTORY_ENABLED\n    mend:  unset that, and run this in the folder of "
-                "Hothouse's ansible.cfg"
-            )
         groups, hostvars = task_vars["groups"], task_vars["hostvars"]
         specs = types.specifications()
         extra = load_extra_vars(self._loader)
