@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import stat
 import subprocess
 import sys
@@ -40,7 +41,20 @@ def run_playbook(folder: Path, inventory: str, *words: str) -> subprocess.Comple
 
 
 GREETING = 'it\'s a "$quoted" value, with spaces, ü & more'
-EXTRA = ["-e", json.dumps({"app_environment": {"GREETING": GREETING, "SMTP_URL": "{{ app_smtp_url }}"}})]
+QUEUE = 'it\'s-"$quoted"-\\ü'
+EXTRA = [
+    "-e",
+    json.dumps(
+        {
+            "app_environment": {"GREETING": GREETING, "SMTP_URL": "{{ app_smtp_url }}"},
+            "app_extra_queues": [QUEUE],
+            "worker_pools": [
+                {"name": "default", "queues": ["default", QUEUE]},
+                {"name": "email_senders", "queues": ["email_senders"], "pool": "threads"},
+            ],
+        }
+    ),
+]
 
 
 @pytest.fixture(scope="module", params=["local", "prod"])
@@ -136,12 +150,15 @@ def test_services_run_the_commands_of_the_units(project: Path) -> None:
             expected: list[str] = []
             for word in command:
                 if word == "$WORKER_OPTIONS" and options:
-                    expected += options[1].split()
+                    # systemd unquotes as it reads the file, and again as it splits.
+                    expected += shlex.split(re.sub(r"\\(.)", r"\1", options[1]))
                 elif word.startswith("%i@"):
                     expected.append(f"{instance}@compose")
                 else:
                     expected.append(word)
-            assert not [word for word in expected if word not in settings["command"]], service
+            command = [word.replace("$$", "$") for word in settings["command"]]
+            assert not [word for word in expected if word not in command], service
+            assert service != "worker-default-1" or f"--queues=default,{QUEUE}" in command
 
 
 def test_flower_brings_what_it_needs(project: Path) -> None:
