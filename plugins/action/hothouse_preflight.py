@@ -37,10 +37,23 @@ NEEDED_PACKAGES = {
 COMMON_VARIABLES = (
     "app_queues",
     "app_visibility_timeout_seconds",
+    "credentials_ca_file",
+    "credentials_file",
+    "credentials_require_vault",
     "monitor_app_gauges",
     "nginx_server_name",
     "redis_port",
     "redis_sentinel_port",
+)
+
+# The same for the hosts of the group `app`: one application, whose tasks any of them may get.
+COMMON_APP_VARIABLES = (
+    "app_celery",
+    "app_confirm_replicas",
+    "app_max_deliveries",
+    "app_source",
+    "app_task_routes",
+    "app_transport",
 )
 
 # The rule of the transport, which is no package of the controller.
@@ -237,7 +250,12 @@ def check_common(problems: Problems, name: str, values: dict[str, Any], where: d
         problems.add(
             f"{name} is {said[host]} for `{host}`, but {said[other]} for `{other}`; all hosts have to agree on it",
             where.get(name, "group_vars"),
-            "set it once, in group_vars/all",
+            "set it once, in group_vars/all"
+            + (
+                "; begin a path with {{ environment_folder }}, for inventory_dir is not the same for all hosts"
+                if name.endswith(("_file", "_source"))
+                else ""
+            ),
         )
 
 
@@ -425,7 +443,7 @@ def check_monitor(problems: Problems, variables: Mapping[str, Any], where: dict[
             problems.add(
                 f"the rule file {file} is no file on the controller",
                 where.get("monitor_rule_files", "monitor_rule_files"),
-                'correct the path; begin it with where it starts, such as "{{ inventory_dir }}/rules.yml"',
+                'correct the path; begin it with where it starts, such as "{{ environment_folder }}/rules.yml"',
             )
     for name in variables:
         if re.fullmatch(r"monitor_\w+_percent", name) and not 0 <= float(variables[name]) <= 100:
@@ -477,7 +495,7 @@ def check_source(problems: Problems, source: str, where: str) -> None:
         problems.add(
             f"app_source ({source}) is a relative path",
             where,
-            'begin it with where it starts, such as "{{ inventory_dir }}/../../app"',
+            'begin it with where it starts, such as "{{ environment_folder }}/../../app"',
         )
         return
     for name in ("pyproject.toml", "uv.lock"):
@@ -677,6 +695,8 @@ class ActionModule(ActionBase):
         for name in COMMON_VARIABLES:
             hosts = [host for host in everywhere if name != "nginx_server_name" or host not in own_names]
             check_common(problems, name, {host: everywhere[host].get(name) for host in hosts}, where)
+        for name in COMMON_APP_VARIABLES:
+            check_common(problems, name, {host: everywhere[host].get(name) for host in groups["app"]}, where)
         prepare = self._defaults("prepare")
         for variables in everywhere.values():
             check_firewall(problems, {name: variables.get(name, prepare[name]) for name in prepare}, where)
@@ -696,7 +716,8 @@ class ActionModule(ActionBase):
                 )
         for host in groups.get("monitor", []):
             check_monitor(problems, everywhere[host], where)
-        check_environment(problems, everywhere[groups["app"][0]]["app_environment"], where)
+        for host in groups["app"]:
+            check_environment(problems, everywhere[host]["app_environment"], where)
         consumed: dict[str, list[str]] = {}
         published: list[str] = []
         usable = True
@@ -724,11 +745,8 @@ class ActionModule(ActionBase):
             check_times(problems, values | {"worker_pools": pools}, where)
         if usable:
             check_queues(problems, published, consumed, where)
-        check_source(
-            problems,
-            str(everywhere[groups["app"][0]]["app_source"]),
-            where.get("app_source", "app_source"),
-        )
+        for source in dict.fromkeys(str(everywhere[host]["app_source"]) for host in groups["app"]):
+            check_source(problems, source, where.get("app_source", "app_source"))
 
     def _variables(self, hostvars: Any, host: str) -> Variables:
         raw = {**hostvars.raw_get(host), "hostvars": hostvars}

@@ -117,6 +117,20 @@ def credential_files(credentials: dict[str, str], owner: str) -> list[dict[str, 
     ]
 
 
+def environment_folder(sources: list[str]) -> str:
+    """The folder of the environment among the sources of an inventory (paths, as they were given).
+
+    It is the first one with common.yml in its group_vars: an overlay may stand before or behind it. Raises
+    AnsibleFilterError if there is no folder at all, only names of hosts.
+    """
+    paths = [Path(source) for source in sources if "," not in source]
+    folders = [path if path.is_dir() else path.parent for path in paths]
+    if not folders:
+        raise AnsibleFilterError("the inventory is no file and no folder; give -i inventories/ENV")
+    own = (folder for folder in folders if (folder / "group_vars/all/common.yml").exists())
+    return str(next(own, folders[0]))
+
+
 def worker_queues(hosts: list[Any]) -> dict[str, list[str]]:
     """The queues that each worker of these hosts (their variables) consumes, by its name in Celery and Flower."""
     return {
@@ -416,6 +430,7 @@ class FilterModule:
             "clock_skew": clock_skew,
             "copies": copies,
             "credential_files": credential_files,
+            "environment_folder": environment_folder,
             "firewall_rules": firewall_rules,
             "host_certificates": host_certificates,
             "nft_rules": nft_rules,

@@ -92,7 +92,7 @@ author:
 EXAMPLES = r"""
 - name: Generate what is missing
   hothouse_credentials:
-    path: "{{ inventory_dir }}/group_vars/all/credentials.yml"
+    path: "{{ environment_folder }}/group_vars/all/credentials.yml"
     require_vault: true
     passwords: [redis_admin, redis_worker, flower_password]
     users: [flower_user]
@@ -100,7 +100,7 @@ EXAMPLES = r"""
       - name: nginx
         common_name: tasks.example.com
         alt_names: [tasks.example.com, 192.0.2.10]
-    ca_file: "{{ inventory_dir }}/ca.crt"
+    ca_file: "{{ environment_folder }}/ca.crt"
   register: credentials_result
 
 - name: Use them in this run too

@@ -37,6 +37,7 @@ ENVIRONMENT = {
     "credentials_file": {"type": "str"},
     "credentials_replace": {"type": "bool"},
     "credentials_require_vault": {"type": "bool"},
+    "environment_folder": {"type": "str"},
     "private_address": {"type": "str"},
     "private_ca_certificates": {"type": "str"},
     "private_certificate": {"type": "str"},

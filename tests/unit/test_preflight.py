@@ -501,3 +501,58 @@ def test_settings_that_the_transport_cannot_serve_are_told_and_another_is_used(i
     assert said not in " ".join(f"{done.stdout} {done.stderr}".split())
     inventory.set(app_celery_settings={}, app_transport="amqp")
     assert "value of app_transport must be one of: hothouse, redis" in inventory.refusal()
+
+
+def overlay(inventory: Inventory, **values: Any) -> Path:
+    """Another source of the inventory, which alone knows a second worker host, with these variables of it."""
+    folder = inventory.path.parent / "overlay"
+    folder.mkdir()
+    hosts = {"worker2": {"ansible_host": "192.0.2.11", **values}}
+    document = {"all": {"children": {"worker": {"hosts": hosts}, "app": {"children": {"worker": {}}}}}}
+    (folder / "hosts.yml").write_text(yaml.safe_dump(document))
+    return folder
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before", "behind"])
+def test_a_host_that_only_an_overlay_knows_has_the_paths_of_the_environment(
+    inventory: Inventory, first: bool
+) -> None:
+    folder = overlay(inventory)
+    sources = [str(folder), str(inventory.path)] if first else [str(inventory.path), str(folder)]
+    (inventory.path / "group_vars/all/main.yml").write_text(
+        (BUNDLE / "inventories/staging/group_vars/all/main.yml").read_text()
+    )
+    message = "{{ credentials_file }} {{ credentials_ca_file }} {{ app_source }}"
+    done = subprocess.run(
+        ["ansible", "-i", sources[0], "-i", sources[1], "all", "-m", "debug", "-a", f"msg='{message}'"],
+        cwd=BUNDLE, env=ENVIRONMENT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    own = inventory.path
+    expected = f"{own}/group_vars/all/credentials.yml {own}/ca.crt {own}/../../app"
+    assert " ".join(done.stdout.split()).count(expected) == 2, done.stdout
+
+
+def test_hosts_of_different_applications_are_refused(inventory: Inventory) -> None:
+    folder = overlay(inventory, app_source="{{ inventory_dir }}/shop")
+    message = inventory.refusal("-i", str(folder))
+    assert (
+        f"app_source is '{BUNDLE}/molecule/own-app/project' for `staging1`, but '{folder}/shop' for `worker2`"
+        in message
+    )
+    assert "begin a path with {{ environment_folder }}" in message
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"app_environment": {"NOTE": "one\ntwo"}}, "the value of NOTE has several lines"),
+        ({"app_time_limit_seconds": 900}, "not above the longest time limit of a task (900)"),
+        ({"app_celery": "shop.celery:app"}, "all hosts have to agree on it"),
+        ({"credentials_file": "/tmp/other.yml"}, "all hosts have to agree on it"),
+    ],
+)
+def test_the_values_of_every_host_are_looked_at(
+    inventory: Inventory, values: dict[str, Any], reason: str
+) -> None:
+    message = inventory.refusal("-i", str(overlay(inventory, **values)))
+    assert reason in message
