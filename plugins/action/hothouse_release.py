@@ -32,6 +32,8 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "path": {"type": "path", "required": True},
     "check": {"type": "list", "elements": "str", "default": []},
     "check_timeout": {"type": "int", "default": 120},
+    "activate": {"type": "str", "choices": ["checked", "later", "now"], "default": "checked"},
+    "metrics": {"type": "path"},
     "keep": {"type": "int", "default": 5},
     "cache": {"type": "str"},
     "python": {"type": "path", "default": "/usr/bin/python3"},

@@ -65,6 +65,20 @@ options:
     description: Seconds after which O(check) is killed and counts as failed.
     type: int
     default: 120
+  activate:
+    description:
+      - When C(current) moves to the release, as soon as the release has passed O(check) unless said otherwise.
+      - V(later) installs and checks it only, and says RV(pending). V(now) moves C(current) to a release that V(later)
+        has prepared, without another check. A play with C(any_errors_fatal) that does one after the other moves all
+        of its hosts, or none.
+    type: str
+    choices: [checked, later, now]
+    default: checked
+  metrics:
+    description:
+      - File for the node exporter's textfile collector, which says which release is in service and since when.
+        It is written where its folder exists.
+    type: path
   keep:
     description:
       - How many releases stay on the host, the most recently used ones; also of how many releases the
@@ -136,6 +150,10 @@ installed:
   description: Whether the release was installed by this run (in check mode, whether it would be).
   returned: success
   type: bool
+pending:
+  description: Whether C(current) is still to be moved to the release; with O(activate=later) only.
+  returned: success
+  type: bool
 activated:
   description: Whether C(current) was moved to the release by this run.
   returned: success
@@ -167,6 +185,20 @@ print(json.dumps({
 """
 
 
+# What a failure on one host means for the others, by `activate`.
+OTHER_HOSTS = {
+    "checked": "",
+    "later": (
+        "\nNo host of this run was moved to the new release: they move together, once it has passed on all of them. "
+        "Each has and runs what it had. Mend the cause and run the same again."
+    ),
+    "now": (
+        "\nOther hosts of this run may have moved to the new release already; no service was restarted. Mend the cause "
+        "and run the same again. Until then playbooks/verify.yml says which host has and runs what."
+    ),
+}
+
+
 class ReleaseError(Exception):
     """Something that ends the module; the text says what is wrong and what was left as it was."""
 
@@ -196,6 +228,18 @@ class Releases:
         staged.unlink(missing_ok=True)
         staged.symlink_to(Path("releases", release_id))
         staged.replace(self.path / name)
+
+    def metrics(self) -> str:
+        """What the node exporter shows: the release in service, and since when, as hothouse_units takes it."""
+        moved = (self.path / "current").lstat().st_ctime
+        return (
+            "# HELP hothouse_release_info The release that is in service, in a label.\n"
+            "# TYPE hothouse_release_info gauge\n"
+            f'hothouse_release_info{{release="{self.linked("current")}"}} 1\n'
+            "# HELP hothouse_release_moved_seconds When the release was put into service, in Unix time.\n"
+            "# TYPE hothouse_release_moved_seconds gauge\n"
+            f"hothouse_release_moved_seconds {moved:.6f}\n"
+        )
 
     def record(self, release_id: str) -> dict[str, Any]:
         """What release.json says, or {} for a release that is not complete or was made for another Python.
@@ -349,15 +393,34 @@ def check_release(releases: Releases, command: list[str], release_id: str, timeo
     )
 
 
+def write_metrics(path: str | None, text: str, dry: bool) -> bool:
+    """Writes the file for the node exporter, if there is one, and says whether it had to."""
+    if not path or not Path(path).parent.is_dir():
+        return False
+    file = Path(path)
+    if file.exists() and file.read_text(encoding="utf-8") == text:
+        return False
+    if not dry:
+        staged = file.with_name(f"{file.name}.new")
+        staged.write_text(text, encoding="utf-8")
+        staged.replace(file)
+    return True
+
+
 def apply(module: AnsibleModule, releases: Releases) -> dict[str, Any]:
     """Brings the host to the wanted release; see RETURN. `needed` asks the action for the archive."""
     options, wanted = module.params, module.params["release"]
     release_id, archive, check = wanted["id"], wanted.get("archive"), options["check"]
+    activate = options["activate"]
     current = releases.linked("current")
     previous = releases.linked("previous") if current == release_id else current
     record = releases.record(release_id)
     installed, activated = not record, current != release_id
+    pending = activated and activate == "later"
+    activated = activated and not pending
     result: dict[str, Any] = {"release": release_id, "previous": previous}
+    if activate == "now" and not module.check_mode and record.get("checked") != check:
+        raise ReleaseError(f"The release {release_id} is not prepared any more. Run the same again.")
     if installed and not archive:
         result |= {"needed": True, "host": releases.describe_python()}
         if not module.check_mode:
@@ -366,7 +429,7 @@ def apply(module: AnsibleModule, releases: Releases) -> dict[str, Any]:
         if installed:
             releases.install(release_id, Path(archive), wanted["sha256"])
             record = releases.record(release_id)
-        if activated or record["checked"] != check:
+        if activate != "now" and (activated or pending or record["checked"] != check):
             if check:
                 check_release(releases, check, release_id, options["check_timeout"])
             releases.write_record(record | {"checked": check})
@@ -374,7 +437,8 @@ def apply(module: AnsibleModule, releases: Releases) -> dict[str, Any]:
             if current:
                 releases.link("previous", current)
             releases.link("current", release_id)
-    removed = releases.surplus(options["keep"], {release_id, previous} - {""})
+    # What is pending is tidied up after when it is in service.
+    removed = [] if pending else releases.surplus(options["keep"], {release_id, previous} - {""})
     if not module.check_mode:
         for old in removed:
             shutil.rmtree(releases.folder / old)
@@ -382,8 +446,12 @@ def apply(module: AnsibleModule, releases: Releases) -> dict[str, Any]:
         name = str(releases.path / "current")
         before, after = (f"releases/{target}\n" if target else "" for target in (current, release_id))
         result["diff"] = {"before_header": name, "after_header": name, "before": before, "after": after}
-    changed = bool(installed or activated or removed)
-    return result | {"changed": changed, "installed": installed, "activated": activated, "removed": removed}
+    told = releases.linked("current") != "" and write_metrics(
+        options["metrics"], releases.metrics(), module.check_mode
+    )
+    changed = bool(installed or activated or removed or told)
+    result |= {"changed": changed, "installed": installed, "activated": activated, "removed": removed}
+    return result | ({"pending": pending} if activate == "later" else {})
 
 
 def main() -> None:
@@ -394,6 +462,8 @@ def main() -> None:
             "path": {"type": "path", "required": True},
             "check": {"type": "list", "elements": "str", "default": []},
             "check_timeout": {"type": "int", "default": 120},
+            "activate": {"type": "str", "choices": list(OTHER_HOSTS), "default": "checked"},
+            "metrics": {"type": "path"},
             "keep": {"type": "int", "default": 5},
             "cache": {"type": "str"},
             "python": {"type": "path", "default": "/usr/bin/python3"},
@@ -422,7 +492,8 @@ def main() -> None:
                     shutil.rmtree(remains)
             result = apply(module, releases)
     except (ReleaseError, OSError) as error:
-        module.fail_json(msg=str(error), release=module.params["release"]["id"])
+        rest = OTHER_HOSTS[module.params["activate"]]
+        module.fail_json(msg=f"{error}{rest}", release=module.params["release"]["id"])
     module.exit_json(**result)
 
 

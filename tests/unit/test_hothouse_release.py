@@ -107,7 +107,8 @@ class Machine:
         wanted = {"id": self.built.release}
         if archive:
             wanted |= {"archive": str(self.built.archive), "sha256": self.built.sha256}
-        params = {"check": CHECK, "check_timeout": 60, "keep": 5, "release": wanted} | options
+        params = {"check": CHECK, "check_timeout": 60, "keep": 5, "release": wanted}
+        params |= {"activate": "checked", "metrics": None} | options
         return module.apply(SimpleNamespace(params=params, check_mode=check_mode), self.releases)
 
 
@@ -439,6 +440,7 @@ def test_the_id_changes_with_what_is_built_and_with_nothing_else(project: Path) 
 
 
 def test_a_build_leaves_nothing_in_the_project(project: Path, cache: Path) -> None:
+    (project / "src/greeter/own.py").touch()  # an archive of its own
     before = sorted(project.rglob("*"))
     build(project, cache)
     assert sorted(project.rglob("*")) == before
@@ -448,3 +450,73 @@ def test_a_folder_in_the_place_of_the_link_is_named(machine: Machine) -> None:
     (machine.releases.path / "current").mkdir()
     with pytest.raises(module.ReleaseError, match="/current is not a symbolic link"):
         machine.apply()
+
+
+def test_a_release_is_prepared_first_and_moved_to_later(machine: Machine, other: Built) -> None:
+    first = machine.apply(activate="later")
+    assert first["installed"] and first["pending"] and not first["activated"]
+    assert machine.releases.linked("current") == ""
+    moved = machine.apply(archive=False, activate="now")
+    assert moved["activated"] and moved["changed"] and "pending" not in moved
+    again = machine.apply(archive=False, activate="later")
+    assert not again["changed"] and not again["pending"]
+
+    running, machine.built = machine.built.release, other
+    assert machine.apply(check_mode=True, archive=False, activate="later")["pending"]
+    with pytest.raises(module.ReleaseError, match="not prepared any more"):
+        machine.apply(activate="now")
+    machine.apply(activate="later", keep=1)
+    assert machine.installed() == {running, other.release}, (
+        "nothing is tidied up while it may still be needed"
+    )
+    assert machine.apply(archive=False, activate="now", check=CHECK)["previous"] == running
+
+
+def test_the_check_is_not_made_twice_between_preparing_and_moving(machine: Machine, tmp_path: Path) -> None:
+    check = ["sh", "-c", f"echo ran >>{tmp_path}/ran"]
+    machine.apply(activate="later", check=check)
+    machine.apply(archive=False, activate="now", check=check)
+    machine.apply(archive=False, activate="later", check=check)
+    assert (tmp_path / "ran").read_text() == "ran\n"
+
+
+def test_no_host_moves_to_a_release_that_one_of_them_refuses(
+    play: Runner, tmp_path: Path, host: Host
+) -> None:
+    def deploy() -> str:
+        # What roles/app and its playbook do.
+        task = host.task(
+            path=str(tmp_path / "opt{{ number }}"), activate="later", check=["test", "!", "-e", refused]
+        )
+        moving = {**task["hothouse_release"], "activate": "now"}
+        tasks = [
+            {**task, "register": "prepared", "any_errors_fatal": True},
+            {"hothouse_release": moving, "when": "prepared.pending"},
+        ]
+        run = play(tasks, hosts=2, text=True)
+        return f"{run.code} " + " ".join(run.output.split())
+
+    refused = str(tmp_path / "refuse{{ number }}")
+    assert deploy().startswith("0 ")
+    running = (tmp_path / "opt0/current").readlink()
+    host.edit("\n# the next one\n")
+    (tmp_path / "refuse1").touch()
+    said = deploy()
+    assert said.startswith("2 ") and "No host of this run was moved to the new release" in said
+    assert all((tmp_path / f"opt{number}/current").readlink() == running for number in range(2))
+    (tmp_path / "refuse1").unlink()
+    assert deploy().startswith("0 ")
+    moved = {(tmp_path / f"opt{number}/current").readlink() for number in range(2)}
+    assert len(moved) == 1 and running not in moved
+
+
+def test_the_node_exporter_is_told_which_release_is_in_service(machine: Machine, tmp_path: Path) -> None:
+    file = tmp_path / "node-exporter/release.prom"
+    assert machine.apply(metrics=str(file))["activated"] and not file.parent.exists()
+    file.parent.mkdir()
+    assert machine.apply(metrics=str(file), check_mode=True)["changed"] and not file.exists()
+    assert machine.apply(metrics=str(file))["changed"]
+    moved = (machine.releases.path / "current").lstat().st_ctime
+    assert f'hothouse_release_info{{release="{machine.built.release}"}} 1\n' in file.read_text()
+    assert f"hothouse_release_moved_seconds {moved:.6f}\n" in file.read_text()
+    assert not machine.apply(metrics=str(file))["changed"]
