@@ -6,7 +6,7 @@ import re
 import time
 from typing import Any, NamedTuple
 
-from ansible.errors import AnsibleActionFail
+from ansible.errors import AnsibleActionFail, AnsibleConnectionFailure
 from ansible.plugins.action import ActionBase
 
 READ_CLOCK = "date +'hothouse-clock %s.%N'"
@@ -45,6 +45,7 @@ class ActionModule(ActionBase):
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         """Ask. Raises AnsibleActionFail if the host does not answer with its time."""
         super().run(tmp, task_vars)
+        self._host = (task_vars or {})["inventory_hostname"]
         _, arguments = self.validate_argument_spec({"command": {"type": "str", "required": True}})
         clock, lines = self._ask(f"{READ_CLOCK}; {arguments['command']}; {READ_CLOCK}")
         for _ in range(MOST_READINGS):
@@ -55,7 +56,13 @@ class ActionModule(ActionBase):
 
     def _ask(self, command: str) -> tuple[Bounds, list[str]]:
         before = time.time()
-        done = self._low_level_execute_command(command, executable="/bin/sh")
+        try:
+            done = self._low_level_execute_command(command, executable="/bin/sh")
+        except AnsibleConnectionFailure as error:
+            raise AnsibleConnectionFailure(
+                f"{error}\nIf {self._host} is down, go on without it: repeat the command with --limit '!{self._host}'. "
+                "What it misses it gets from a later run for all hosts."
+            ) from None
         after = time.time()
         lines = [line.strip() for line in done["stdout"].splitlines()]
         matches = [re.fullmatch(r"hothouse-clock (\d+\.\d+)", line) for line in lines]

@@ -140,11 +140,6 @@ def worker_queues(hosts: list[Any]) -> dict[str, list[str]]:
     }
 
 
-def worker_names(hosts: list[Any]) -> list[str]:
-    """The names under which the workers of these hosts (their variables) appear in Celery and Flower."""
-    return list(worker_queues(hosts))
-
-
 def scrape_targets(hosts: list[Any], port: int, prometheus: str) -> list[dict[str, str]]:
     """Where the host `prometheus` finds a service of these hosts (their variables): `instance`, `address`, `scheme`."""
     return [
@@ -253,6 +248,48 @@ def clock_skew(asked: dict[str, dict[str, Any]], limit: float) -> list[str]:
         return []
     middles = {name: sum(clock) / 2 for name, clock in bounds.items() if name in asked}
     return [f"{name} {middle:+.1f} s" for name, middle in sorted(middles.items(), key=lambda item: item[1])]
+
+
+def release_faults(asked: dict[str, dict[str, Any]]) -> list[str]:
+    """How hosts differ from what a finished deployment leaves: one release on all, and no service older than it.
+
+    asked: host → what hothouse_ask returned of roles/prepare/vars/main.yml, __prepare_ask_release.
+    """
+    releases: dict[str, list[str]] = {}
+    faults: list[str] = []
+    for host, result in asked.items():
+        said = {
+            word: rest
+            for line in result["stdout_lines"]
+            for word, _, rest in [line.partition(" ")]
+            if word in ("release", "services")
+        }
+        if "release" not in said:
+            continue
+        release, moved = said["release"].split()
+        releases.setdefault(release, []).append(host)
+        # systemctl puts an empty line between two units, here two spaces.
+        units = [dict(pair.split("=", 1) for pair in block.split()) for block in said["services"].split("  ")]
+        older = [
+            unit["Id"]
+            for unit in units
+            if unit["ActiveState"] not in ("inactive", "failed")
+            and unit["ExecMainStartTimestamp"].startswith("@")
+            and int(unit["ExecMainStartTimestamp"][1:]) < int(moved)
+        ]
+        if older:
+            faults.append(
+                f"{', '.join(older)} of {host} started before the release {release} was put into service, and run an "
+                "older one. playbooks/worker.yml and playbooks/beat.yml restart them."
+            )
+    if len(releases) > 1:
+        named = "; ".join(f"{', '.join(hosts)}: {release}" for release, hosts in releases.items())
+        faults.insert(
+            0,
+            f"The hosts have different releases of the application in service ({named}): a deployment did not reach "
+            "all of them. Run playbooks/app.yml playbooks/worker.yml playbooks/beat.yml, or site.yml, for all hosts.",
+        )
+    return faults
 
 
 def redis_roles(nodes: dict[str, str], said: dict[str, Any]) -> dict[str, Any]:
@@ -434,6 +471,7 @@ class FilterModule:
             "firewall_rules": firewall_rules,
             "host_certificates": host_certificates,
             "nft_rules": nft_rules,
+            "release_faults": release_faults,
             "redis_roles": redis_roles,
             "remains": remains,
             "remains_command": remains_command,
@@ -443,7 +481,6 @@ class FilterModule:
             "services_of": services_of,
             "transport_obstacle": transport_obstacle,
             "worker_files": worker_files,
-            "worker_names": worker_names,
             "worker_instances": worker_instances,
             "worker_queues": worker_queues,
             "worker_units": worker_units,

@@ -168,7 +168,7 @@ def test_instances_are_pools_times_replicas() -> None:
     ]  # fmt: skip
     assert instances[2]["options"] == ["--queues=z", "--concurrency=2", "--pool=threads", "--time-limit=30"]
     hosts = [{"inventory_hostname": name, "worker_pools": pools} for name in ("w1", "w2")]
-    assert filters.worker_names(hosts) == ["a-1@w1", "a-2@w1", "b-1@w1", "a-1@w2", "a-2@w2", "b-1@w2"]
+    assert list(filters.worker_queues(hosts)) == ["a-1@w1", "a-2@w1", "b-1@w1", "a-1@w2", "a-2@w2", "b-1@w2"]
 
 
 def test_a_login_has_one_hash_which_only_its_password_opens() -> None:
