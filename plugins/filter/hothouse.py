@@ -269,7 +269,11 @@ def release_faults(asked: dict[str, dict[str, Any]]) -> list[str]:
         release, moved = said["release"].split()
         releases.setdefault(release, []).append(host)
         # systemctl puts an empty line between two units, here two spaces.
-        units = [dict(pair.split("=", 1) for pair in block.split()) for block in said["services"].split("  ")]
+        units = [
+            dict(pair.split("=", 1) for pair in block.split())
+            for block in said["services"].split("  ")
+            if block
+        ]
         older = [
             unit["Id"]
             for unit in units
@@ -279,8 +283,8 @@ def release_faults(asked: dict[str, dict[str, Any]]) -> list[str]:
         ]
         if older:
             faults.append(
-                f"{', '.join(older)} of {host} started before the release {release} was put into service, and run an "
-                "older one. playbooks/worker.yml and playbooks/beat.yml restart them."
+                f"{', '.join(older)} of {host} started before the release {release} was put into service, and may run "
+                "an older one. playbooks/worker.yml and playbooks/beat.yml restart them."
             )
     if len(releases) > 1:
         named = "; ".join(f"{', '.join(hosts)}: {release}" for release, hosts in releases.items())

@@ -16,6 +16,7 @@ import yaml
 from conftest import BUNDLE, Play, load_plugin
 
 plugin = load_plugin("action/hothouse_lock")
+filters = load_plugin("filter/hothouse")
 LEASE_SECONDS = 8
 
 
@@ -161,3 +162,34 @@ def test_a_host_that_does_not_answer_is_passed_over(play: Callable[..., Play], t
     }
     said = play([{**lock, "delegate_to": "127.0.0.1"}], text=True)
     assert said.code == 0 and "127.0.0.1 does not answer, so it keeps no other run away" in said.output
+
+
+def asked(release: str, *units: str, moved: int = 100) -> dict[str, Any]:
+    """What a host said; a unit is NAME STATE STARTED."""
+    blocks = [
+        f"Id={name} ActiveState={state} ExecMainStartTimestamp={started}"
+        for name, state, started in (unit.split() for unit in units)
+    ]
+    return {"stdout_lines": ["os debian 12", f"release {release} {moved}", "services " + "  ".join(blocks)]}
+
+
+@pytest.mark.parametrize(
+    ("hosts", "faults"),
+    [
+        ({"w1": {"stdout_lines": ["os debian 12"]}}, []),
+        ({"w1": asked("a", "worker@1 active @100"), "w2": asked("a", "beat inactive n/a")}, []),
+        ({"w1": asked("a", "worker@1 inactive @99", "worker@2 active @101")}, []),
+        (
+            {"w1": asked("a", "worker@1 active @99", "beat deactivating @1", "worker@2 active @100")},
+            ["worker@1, beat of w1 started before the release a"],
+        ),
+        ({"w1": asked("a"), "w2": asked("b"), "w3": asked("a")}, ["(w1, w3: a; w2: b)"]),
+        ({"w1": asked("a"), "w2": asked("b", "beat active @1")}, ["(w1: a; w2: b)", "beat of w2 started"]),
+    ],
+    ids=["nothing yet", "all well", "stopped", "older", "differ", "both"],
+)
+def test_what_a_deployment_left_undone_is_named(hosts: dict[str, Any], faults: list[str]) -> None:
+    found = filters.release_faults(hosts)
+    assert len(found) == len(faults)
+    for text, part in zip(found, faults, strict=True):
+        assert part in text and "playbooks/worker.yml" in text
