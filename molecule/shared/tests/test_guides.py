@@ -33,6 +33,7 @@ NOT_RUN = {
     "ansible-playbook -i inventories/ENV site.yml": "the scenario's own converge and idempotence",
     "ansible-playbook -i inventories/prod site.yml": "the scenario's own converge, with a vault password",
     "ansible-playbook -i inventories/ENV playbooks/flower.yml playbooks/nginx.yml": "part of site.yml; test_flower.py",
+    "ansible-playbook -i inventories/ENV playbooks/app.yml playbooks/worker.yml": "part of site.yml; test_deploy.py",
     "ansible-playbook -i inventories/ENV playbooks/recover.yml": "test_recover.py",
     "ansible-playbook -i inventories/ENV playbooks/remove.yml -e remove=HOST": "test_remove.py",
     "ansible-playbook playbooks/compose.yml": "the scenario compose",
@@ -41,6 +42,9 @@ NOT_RUN = {
     "hothouse-run celery -A shop": "an application of the reader's own",
     'hothouse-run python -c "from shop': "a module of the reader's own application",
     "hothouse-run celery --app hothouse_celery control": "app_may_control is off, as shipped",
+    "hothouse-run COMMAND": "names no command",
+    "hothouse-run gunicorn shop": "an application of the reader's own",
+    "ansible-playbook -i inventories/ENV playbooks/worker.yml playbooks/beat.yml": "part of site.yml; test_deploy.py",
     "hothouse-run python -m shop.report": "a module of the reader's own application",
     # Interactive, or without an end.
     "(umask 077; openssl rand": "writes into the home folder",
@@ -227,7 +231,7 @@ def run(host: Host, texts: list[str]) -> list[tuple[int, str]]:
         )
         if text.startswith("systemctl stop"):  # the next command expects it to run
             script += "systemctl start nginx celery.target\n"
-    # Alerts are heard again.
+    # Alerts are heard again, and the copy of Redis is not needed.
     script += '! ids=$(hothouse-amtool silence query -q 2>&1) || [ -z "$ids" ] || hothouse-amtool silence expire $ids\n'
     done = host.run("echo %s | base64 --decode | bash", base64.b64encode(script.encode()).decode())
     answers = re.findall(r"^@@ (\d+) (\S*)$", done.stdout, re.MULTILINE)
