@@ -187,3 +187,34 @@ def test_notes_are_bounded_and_odd_ones_do_no_harm(run: Run, deployment: Redis, 
         wait_until(lambda: settled(deployment), 60)
     assert state(deployment, ids["good"]) == "SUCCESS"
     assert "Revokes from before this worker started are not known to it: WRONGTYPE" in log.read_text()
+
+
+READ = """
+    import json, time
+    from types import SimpleNamespace
+    from celery.worker import state
+    from kombu.asynchronous.timer import Timer
+    from canvas import app
+    from hothouse_celery import revokes
+
+    revokes.SOON_SECONDS, revokes.READ_SECONDS = 0.1, 0.2
+    consumer = SimpleNamespace(app=app, timer=Timer())
+    step = revokes.Remember(consumer)
+    step.start(consumer)
+    told = [len(state.revoked)]
+    for count in (1, 2):
+        app.control.revoke(f"task {count}")
+        end = time.monotonic() + 20
+        while len(state.revoked) < count and time.monotonic() < end:
+            delay, entry = next(iter(consumer.timer))
+            if entry:
+                consumer.timer.apply_entry(entry)
+        told.append(len(state.revoked))
+    step.stop(consumer)
+    print(json.dumps(told))
+"""
+
+
+def test_a_worker_that_stays_connected_reads_what_it_was_not_told(run: Run, deployment: Redis) -> None:
+    account(deployment, "app", redis_app_may_control=True)
+    assert done(run(READ)) == [0, 1, 2]
