@@ -117,11 +117,14 @@ class Remember(bootsteps.StartStopStep):
     requires = ("celery.worker.consumer.control:Control",)
 
     def __init__(self, consumer: Any, **options: Any) -> None:
+        from celery.worker import state as worker_state
+
         super().__init__(consumer, **options)
         self.timers: list[Any] = []
         self.read_until = 0.0
         self.unwritten = False
         note_commands(self.hear)
+        worker_state.revoked.expires = 0  # seconds; they are forgotten by their number alone
 
     def start(self, consumer: Any) -> None:
         self.read_until, self.unwritten = 0.0, True
@@ -199,10 +202,9 @@ class Noted:
 
 
 def take_in(members: list[str]) -> None:
-    """Let this worker know what was revoked, for as long as it runs."""
+    """Let this worker know what was revoked."""
     from celery.worker import state
 
-    state.revoked.expires = 0
     for member in members:
         try:
             revoked = json.loads(member)
