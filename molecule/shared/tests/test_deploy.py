@@ -152,7 +152,7 @@ def test_a_pool_that_is_taken_out_of_the_inventory_is_stopped(stack: Stack, wait
     queues = stack.variables["local1"]["app_queues"]
     pools = [{"name": "only", "queues": queues, "pool": "threads", "concurrency": 4}]
     extra = Path(stack.credentials_file.parent / "pools.yml")
-    extra.write_text(f"worker_pools: {pools}\n")
+    extra.write_text(json.dumps({"worker_pools": pools}))
     try:
         stack.playbook("playbooks/worker.yml", "-e", f"@{extra}")
         units = (

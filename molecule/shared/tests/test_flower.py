@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import json
 import socket
 import ssl
 from collections.abc import Callable
@@ -36,7 +37,7 @@ def test_flower_sees_every_worker_and_every_registered_task(stack: Stack, wait: 
     assert sorted(workers) == sorted(stack.workers)
     checked = stack.first("app").check_output("hothouse-run python -m hothouse_celery check")
     for name, worker in workers.items():
-        for task in checked.strip("[]").replace('"', "").split(", "):
+        for task in json.loads(checked):
             assert task in worker["registered"], name
         pool = next(
             pool for pool in stack.variables[name.partition("@")[2]]["worker_pools"]

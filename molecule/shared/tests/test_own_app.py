@@ -10,9 +10,13 @@ from conftest import Stack
 SCENARIOS = ("own-app",)
 
 
-def test_its_tasks_run_on_their_queue(stack: Stack) -> None:
-    code = "import hothouse_celery as h; print(h.app.send_task('tally.count', ['three small words']).get(timeout=30))"
+def test_its_tasks_run_on_their_queue_and_flower_counts_them(stack: Stack, wait: Callable[..., Any]) -> None:
+    """Names beyond ASCII, both of the task and of its queue."""
+    code = "import hothouse_celery as h; print(h.app.send_task('tally.zähle', ['three small words']).get(timeout=30))"
     assert stack.first("app").check_output(f'hothouse-run python -c "{code}"') == "3"
+    counted = 'flower_events_total{task="tally.zähle",type="task-succeeded",'
+    ask = "curl --fail --silent http://127.0.0.1:5555/flower/metrics"
+    wait(lambda: counted in stack.first("flower").check_output(ask), "the task in Flower", 30)
 
 
 def test_its_environment_and_secret_reach_its_tasks(stack: Stack) -> None:

@@ -9,7 +9,7 @@ queue = Celery("tally", broker="redis://localhost:1/7", backend="redis://localho
 queue.conf.beat_schedule = {"tick": {"task": "tally.tick", "schedule": 1.0}}
 
 
-@queue.task(name="tally.count")
+@queue.task(name="tally.zähle")
 def count(text: str) -> int:
     """The number of words in a text."""
     return len(text.split())
