@@ -456,6 +456,187 @@ def test_an_overdue_message_that_cannot_be_given_back_keeps_no_other(
     assert server.admin.llen("q:one") == 1
 
 
+def test_poison_in_front_keeps_no_other_however_much(server: Server, connect: Callable[..., Any]) -> None:
+    """And none of it is lost: its queue may be mended."""
+    poison, sound = 2 * module.OVERDUE_BATCH + 1, 20
+    server.admin.set("q:broken", "text")
+
+    def held(queue: str, number: int) -> None:
+        entry = [{"body": "", "headers": {"id": number}, "properties": {}}, "", queue]
+        server.admin.hset("q:unacked", f"{queue}{number}", json.dumps(entry))
+        server.admin.zadd("q:unacked_index", {f"{queue}{number}": 1 if queue == "broken" else 2})
+
+    for number in range(poison):
+        held("broken", number)
+    for number in range(sound):
+        held("one", number)
+    sweeper = connect(visibility_timeout=5, max_deliveries=0).channel()
+    sweeper._active_queues.append("one")
+    sweeper.qos.restore_visible()
+    assert server.admin.llen("q:one") == sound
+    assert server.admin.hlen("q:unacked") == poison
+    server.admin.delete("q:broken")
+    connect(visibility_timeout=-1).channel().sweep(2 * poison)
+    assert server.admin.llen("q:broken") == poison
+
+
+@pytest.mark.parametrize("strategy", ["round_robin", "priority"])
+@pytest.mark.parametrize("kind", ["string", "hash"])
+def test_a_queue_of_a_wrong_type_harms_no_other_queue(
+    kind: str, strategy: str, server: Server, connect: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    if kind == "string":
+        server.admin.set("q:broken", "text")
+    else:
+        server.admin.hset("q:broken", "a", "b")
+    connection = connect(queue_order_strategy=strategy)
+    put(connection, "one", *range(3))
+    put(connection, "two", *range(3))
+    consumer, got = consume(connection, ["one", "broken", "two"])
+    drain(connection, lambda: len(got) == 6)
+    assert caplog.text.count("No messages are taken from the queue broken") == 1
+    for message in got:
+        message.ack()
+    with pytest.raises(ResponseError, match="WRONGTYPE"):
+        put(connection, "broken", "lost?")
+    server.admin.delete("q:broken")
+    put(connection, "broken", "mended")
+    drain(connection, lambda: len(got) == 7)
+    assert got[-1].payload == "mended"
+    # What cannot be handed back keeps no other, and stays noted.
+    put(connection, "one", "after it")
+    drain(connection, lambda: len(got) == 8)
+    server.admin.set("q:broken", "text")
+    consumer.channel.qos.restore_unacked()
+    assert server.admin.llen("q:one") == 1 and server.admin.hlen("q:unacked") == 1
+
+
+def test_what_is_moved_in_one_step_is_bounded_in_bytes(
+    server: Server, connect: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "BATCH_BYTES", 300_000)
+    monkeypatch.setattr(module, "OVERDUE_BYTES", 300_000)
+    connection = connect()
+    put(connection, "one", *["x" * 100_000] * 12)
+    steps: list[int] = []
+    note = module.Channel._note
+    monkeypatch.setattr(
+        module.Channel, "_note", lambda self, answer: steps.append(len(answer) // 3) or note(self, answer)
+    )
+    consumer, got = consume(connection, ["one"], prefetch=20)
+    drain(connection, lambda: len(got) == 12)
+    assert max(steps) == 3  # base64 makes three of a hundred thousand exceed it
+    consumer.channel.qos.restore_at_shutdown = False
+    sweeper = connect(visibility_timeout=-1, max_deliveries=0).channel()
+    given_back = []
+    while sweeper.sweep(100):
+        given_back.append(server.admin.llen("q:one"))
+    assert given_back == [3, 6, 9, 12]
+
+
+@pytest.mark.parametrize("part", ["headers", "properties", "delivery_info"])
+@pytest.mark.parametrize("value", [None, [], {}, "missing"], ids=str)
+def test_parts_that_other_languages_leave_out_are_no_fault(
+    part: str, value: Any, server: Server, connect: Callable[..., Any]
+) -> None:
+    message: dict[str, Any] = {"body": "text", "content-type": "text/plain", "headers": {}, "properties": {}}
+    owner = message["properties"] if part == "delivery_info" else message
+    owner[part] = value
+    if value == "missing":
+        del owner[part]
+    server.admin.lpush("q:one", json.dumps(message))
+    connection = connect()
+    consumer, got = consume(connection, ["one"], accept=["text/plain"])
+    drain(connection, lambda: got)
+    assert got[0].payload == "text"
+    consumer.channel.qos.restore_at_shutdown = False
+    assert connect(visibility_timeout=-1).channel().sweep(10) is False
+    assert server.admin.llen("q:one") == 1 and not server.dead_letters()
+    drain(connection, lambda: len(got) == 2)
+    assert got[1].headers["redelivered"]
+    got[1].ack()
+
+
+DEEP = 100_000 * "[" + 100_000 * "]"
+
+
+@pytest.mark.parametrize("text", [DEEP, f'{{"headers": {{"deep": {DEEP}}}}}'], ids=["all", "header"])
+def test_what_is_nested_too_deep_becomes_a_dead_letter(
+    text: str, server: Server, connect: Callable[..., Any]
+) -> None:
+    server.admin.rpush("q:one", text)
+    connection = connect()
+    put(connection, "one", "a message")
+    _, got = consume(connection, ["one"])
+    drain(connection, lambda: got)
+    [letter] = server.dead_letters()
+    assert letter["queue"] == "one" and letter["message"] == text
+    got[0].ack()
+    # The same, taken by something else.
+    server.admin.hset("q:unacked", "t", f'[{text}, "", "one"]')
+    server.admin.zadd("q:unacked_index", {"t": 1})
+    connect(visibility_timeout=-1).channel().sweep(10)
+    assert [letter["message"] for letter in server.dead_letters()] == [text, text]
+
+
+def test_any_depth_of_nesting_ends_somewhere(server: Server, connect: Callable[..., Any]) -> None:
+    """Reading, writing and both around it have limits of their own."""
+    connection = connect()
+    depths = range(960, 1000)
+    for depth in depths:
+        server.admin.lpush("q:one", f'{{"headers": {{"deep": {depth * "["}{depth * "]"}}}}}')
+    put(connection, "one", "last")
+    consumer, got = consume(connection, ["one"])
+    drain(connection, lambda: got and got[-1].body and got[-1].payload == "last")
+    consumer.channel.qos.restore_at_shutdown = False
+    connect(visibility_timeout=-1).channel().sweep(100)
+    assert server.admin.llen("q:one") + len(server.dead_letters()) == len(depths) + 1
+    assert not server.admin.exists("q:unacked")
+
+
+def test_entries_that_are_no_messages_are_put_aside(server: Server, connect: Callable[..., Any]) -> None:
+    entries = ["", "x", "[]", "[1]", '"text"', "null", "[1, 2, 3]", '[{"headers": 5}, "", "one"]', "a, b, c"]
+    for number, entry in enumerate(entries):
+        server.admin.hset("q:unacked", f"t{number}", entry)
+        server.admin.zadd("q:unacked_index", {f"t{number}": number})
+    connect(visibility_timeout=-1).channel().sweep(100)
+    assert len(server.dead_letters()) == len(entries)
+    assert not server.admin.exists("q:unacked")
+
+
+def test_a_task_that_no_one_knows_is_counted_by_its_name(server: Server, connect: Callable[..., Any]) -> None:
+    connection = connect()
+    put(connection, "one", *"aab", headers={"task": "new", "id": "i"})
+    consumer, got = consume(connection, ["one"])
+    drain(connection, lambda: len(got) == 3)
+    for message in got:
+        name = f"new.{message.payload}"
+        assert hothouse_transport.dead_letter(consumer.channel, message, "not known", unknown=name)
+        assert not hothouse_transport.dead_letter(consumer.channel, message, "not known", unknown=name)
+    assert server.admin.hgetall("q:unknown-task.names") == {"new.a": "2", "new.b": "1"}
+    assert server.admin.llen("q:unknown-task") == 3
+    assert not server.admin.exists("q:dead-letter", "q:unacked", "q:unacked_index")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["unacked", "unacked_index", "deliveries", "dead-letter", "unknown-task.names", "mine", "a b", "a,b"],
+)
+def test_no_queue_takes_a_name_that_stands_for_something_else(
+    name: str, server: Server, connect: Callable[..., Any]
+) -> None:
+    connection = connect(deliveries_key="mine")
+    for attempt in (
+        lambda: put(connection, name, "x"),
+        lambda: connection.Producer().publish("x", routing_key=name),
+        lambda: consume(connection, [name]),
+        lambda: connection.channel().basic_consume(name, False, print, "tag"),
+    ):
+        with pytest.raises(ValueError, match="cannot be the name of a queue: it"):
+            attempt()
+    assert not server.admin.exists(f"q:{name}")
+
+
 @pytest.mark.parametrize(("taken_by", "given_back_by"), [("redis", "hothouse"), ("hothouse", "redis")])
 def test_either_transport_gives_back_what_the_other_took(
     taken_by: str, given_back_by: str, server: Server, connect: Callable[..., Any]

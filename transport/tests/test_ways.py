@@ -140,7 +140,7 @@ class Sentinel(Server):
 def test_a_queue_may_have_any_name(
     server: Server, notebook: Notebook, start_worker: Callable[..., Worker], publish: Callable[..., None]
 ) -> None:
-    name = 'a "strange" näme'
+    name = 'a"strange"näme'
     worker = start_worker(server, queues=name, options={"visibility_timeout": 1})
     publish([1], name, seconds=30)
     wait_until(lambda: notebook.started() == [1])

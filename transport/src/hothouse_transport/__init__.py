@@ -88,11 +88,11 @@ def url(broker: str) -> str:
     )
 
 
-def dead_letter(channel: Any, message: Any, reason: str, deliveries: int = 0) -> bool:
+def dead_letter(channel: Any, message: Any, reason: str, deliveries: int = 0, unknown: str = "") -> bool:
     """See `hothouse_transport.channel.dead_letter`."""
     from hothouse_transport.channel import dead_letter as move
 
-    return move(channel, message, reason, deliveries)
+    return move(channel, message, reason, deliveries, unknown)
 
 
 def _unknown_version() -> str | None:

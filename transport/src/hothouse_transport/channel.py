@@ -13,7 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from queue import Empty
 from typing import Any
 from weakref import WeakSet
@@ -27,7 +27,9 @@ from kombu.utils.url import url_to_parts
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError, ResponseError
 
+from hothouse_transport import names
 from hothouse_transport.health import health
+from hothouse_transport.messages import completed, dead_letter_of, losses_of, part
 from hothouse_transport.refusals import ELSEWHERE, refusal
 from hothouse_transport.scripts import ACK, FETCH, MOVE, OVERDUE, RENEW, Script
 
@@ -39,10 +41,13 @@ SILENCE_SECONDS = 1.0
 REFUSAL_SECONDS = 5
 # How long a publisher waits after a refusal, in seconds.
 PUBLISH_PAUSE_SECONDS = 0.5
-# How many messages are taken in one step at most, if the prefetch limit allows as many.
-BATCH = 20
-# How many overdue messages are looked at in one step, and for how long in one go, in seconds.
-OVERDUE_BATCH, OVERDUE_SECONDS = 100, 1.0
+# How many messages are taken in one step at most, if the prefetch limit allows as many, and how many bytes of them; the
+# last one may exceed these.
+BATCH, BATCH_BYTES = 20, 16 * 1024**2
+# How many overdue messages are looked at in one step, how many bytes of them, and for how long in one go, in seconds.
+OVERDUE_BATCH, OVERDUE_BYTES, OVERDUE_SECONDS = 100, 16 * 1024**2, 1.0
+# How often is said that the key of a queue is none, in seconds.
+BROKEN_SECONDS = 60.0
 # How many messages are renewed in one step, and how long to wait at most after that failed, in seconds.
 RENEW_BATCH, RENEW_PAUSE_SECONDS = 500, 5.0
 # How long failed deliveries of a message are remembered at least, in seconds.
@@ -208,10 +213,17 @@ class QoS(stock.QoS):
         self._delivered.clear()
 
     def restore_by_tag(self, tag: str, client: Any = None, leftmost: bool = False) -> None:
-        """Hand a message back. That is no failed delivery."""
-        entry = self.channel.plain.hget(self.channel.books[1], tag)
-        if entry is not None:
-            self.channel.give_back(tag, entry, push="LPUSH" if leftmost else "RPUSH")
+        """Hand a message back. That is no failed delivery. One that cannot be handed back keeps no other."""
+        try:
+            entry = self.channel.plain.hget(self.channel.books[1], tag)
+            if entry is not None:
+                self.channel.give_back(tag, entry, push="LPUSH" if leftmost else "RPUSH")
+        except ResponseError as error:
+            logger.error(
+                "The message %s cannot be handed back, that is tried again after the visibility timeout: %s",
+                tag,
+                error,
+            )
 
     def renew(self) -> None:
         """Say that what is held is held by a consumer that lives, however long that takes."""
@@ -282,7 +294,7 @@ class Poller(stock.MultiChannelPoller):
         for channel in list(self._channels):
             try:
                 channel.qos.restore_visible(num=channel.unacked_restore_limit)
-            except channel.connection_errors as error:
+            except (*channel.connection_errors, ResponseError) as error:
                 logger.warning("could not look for messages of consumers that vanished: %s", error)
                 return
 
@@ -319,6 +331,8 @@ class Channel(stock.Channel):
     #: A message whose consumers vanished that often goes to the list `dead_letter_key`.
     max_deliveries = 4
     dead_letter_key = "dead-letter"
+    #: Where messages go whose task is not known, and the hash beside it that counts them by the task's name.
+    unknown_task_key = "unknown-task"
     deliveries_key = "deliveries"
 
     from_transport_options = (
@@ -328,6 +342,7 @@ class Channel(stock.Channel):
         "confirm_timeout",
         "max_deliveries",
         "dead_letter_key",
+        "unknown_task_key",
         "deliveries_key",
     )
 
@@ -343,6 +358,8 @@ class Channel(stock.Channel):
         self._clients: dict[str, Client] = {}
         self._parameters: dict[bool, dict[str, Any]] = {}
         self._tracked: Any = None
+        self._usable: set[str] = set()
+        self._broken: dict[str, float] = {}
         super().__init__(connection, **kwargs)
 
     # --- clients ---------------------------------------------------------------------------------------------------
@@ -408,6 +425,27 @@ class Channel(stock.Channel):
         master = getattr(self, "master_name", None)
         return (master or (where.get("host"), where.get("port")), where.get("db"), *self.books)
 
+    def require_usable(self, queue: str) -> None:
+        """ValueError if this cannot be the name of a queue."""
+        if queue in self._usable:
+            return
+        reason = None if isinstance(queue, str) and names.internal(queue) else names.unusable(queue)
+        if not reason and self.key(queue) in {*self.books, *map(self.key, self._own_keys)}:
+            reason = "it is reserved: the transport keeps something else under this name"
+        if reason:
+            raise ValueError(
+                f"{queue!r} cannot be the name of a queue: {reason}. Give the queue another name."
+            )
+        self._usable.add(queue)
+
+    @property
+    def _own_keys(self) -> tuple[str, ...]:
+        return (self.unacked_mutex_key, self.dead_letter_key, self.unknown_task_key, self.unknown_names_key)
+
+    @property
+    def unknown_names_key(self) -> str:
+        return f"{self.unknown_task_key}.names"
+
     def run(self, script: Script, keys: Iterable[str], *arguments: Any) -> Any:
         keys = list(keys)
         command = ("EVALSHA", script.sha, len(keys), *keys, *arguments)
@@ -430,6 +468,7 @@ class Channel(stock.Channel):
         return any(queue not in self._unacknowledged_queues for queue in self.active_queues)
 
     def basic_consume(self, queue: str, no_ack: bool, callback: Any, consumer_tag: str, **kwargs: Any) -> Any:
+        self.require_usable(queue)
         self.consumed = True
         if no_ack:
             self._unacknowledged_queues.add(queue)
@@ -478,8 +517,9 @@ class Channel(stock.Channel):
     def _fetch_arguments(self, queues: list[str], count: int, track: bool) -> tuple[list[str], list[Any]]:
         index, unacked, _ = self.books
         in_turn = self.queue_order_strategy == "round_robin"
-        names = ["" if queue in self._unacknowledged_queues else json.dumps(queue) for queue in queues]
-        return [index, unacked, *map(self.key, queues)], [count, int(in_turn), int(track), *names]
+        noted = ["" if queue in self._unacknowledged_queues else json.dumps(queue) for queue in queues]
+        keys = [index, unacked, *map(self.key, queues)]
+        return keys, [count, BATCH_BYTES, int(in_turn), int(track), *noted]
 
     def _track(self, connection: Any) -> None:
         """Have Redis tell of changes to keys that this connection read."""
@@ -529,9 +569,9 @@ class Channel(stock.Channel):
             return False
         self._answered()
         self._refused_since = None
-        if answer:
+        if any(number > 0 for number in answer[::3]):
             self._woken = True  # there may be more
-            self._note(answer)
+        self._note(answer)
         self._settle_unsettled()
         return self._deliver_fetched()
 
@@ -556,9 +596,25 @@ class Channel(stock.Channel):
     def _note(self, answer: list[Any]) -> None:
         """Keep what was taken until it is delivered."""
         for number, tag, message in zip(answer[::3], answer[1::3], answer[2::3], strict=True):
-            queue = self._asked_queues[number]
+            queue = self._asked_queues[abs(number) - 1]
+            if number < 0:
+                self._on_broken(queue, message)
+                continue
             self._queue_cycle.rotate(queue)
             self._fetched.append((queue, tag.decode(), message))
+
+    def _on_broken(self, queue: str, error: bytes) -> None:
+        """Say now and then that the key of a queue is none. The other queues are not concerned."""
+        now = time.monotonic()
+        if now >= self._broken.get(queue, 0):
+            self._broken[queue] = now + BROKEN_SECONDS
+            logger.error(
+                "No messages are taken from the queue %s, its key %s in Redis is no list: %s. Look at it, and "
+                "rename or delete it.",
+                queue,
+                self.key(queue),
+                error.decode(errors="backslashreplace"),
+            )
 
     def _deliver_fetched(self) -> bool:
         delivered = False
@@ -579,22 +635,24 @@ class Channel(stock.Channel):
     def hand_back_unseen(self) -> None:
         """Put back what was taken and not yet delivered; also from another thread than the one that consumes."""
         while self._fetched:
-            self._hand_back(*self._fetched.pop())
+            queue, tag, message = self._fetched.pop()
+            try:
+                self._hand_back(queue, tag, message)
+            except ResponseError as error:
+                logger.error("A message of the queue %s cannot be handed back: %s", queue, error)
 
     def _hand_back(self, queue: str, tag: str, message: bytes) -> None:
         """Put a message that nobody has seen where it was."""
         if queue in self._unacknowledged_queues:
             self.plain.rpush(self.key(queue), message)
         else:
-            self.run(MOVE, [*self.books, self.key(queue)], tag, "", "RPUSH", message, "", 0)
+            self.run(MOVE, [*self.books, self.key(queue)], tag, "", "RPUSH", message, "", 0, "")
 
     def _payload(self, queue: str, tag: str, message: bytes) -> dict[str, Any] | None:
         """The message with the tag under which it was noted; None if it is none, and then a dead letter."""
         try:
-            payload: dict[str, Any] = stock.loads(message)
-            properties = payload.setdefault("properties", {})
-            properties.setdefault("delivery_info", {})
-            properties["delivery_tag"] = tag
+            payload = completed(stock.loads(message))
+            payload["properties"]["delivery_tag"] = tag
         except Exception as error:  # also whatever a decoder of the application's own raises
             self._unreadable(tag, queue, error)
             return None
@@ -623,10 +681,12 @@ class Channel(stock.Channel):
         while True:
             index, unacked, _ = self.books
             name = "" if no_ack else json.dumps(queue)
-            answer = self.run(FETCH, [index, unacked, self.key(queue)], 1, 1, 0, name)
+            answer = self.run(FETCH, [index, unacked, self.key(queue)], 1, BATCH_BYTES, 1, 0, name)
             self._maybe_update_queues_expire(self._create_client(), queue)
             if not answer:
                 return None
+            if answer[0] < 0:
+                raise ResponseError(answer[2].decode(errors="backslashreplace"))
             payload = self._payload(queue, answer[1].decode(), answer[2])
             if payload is None:
                 continue
@@ -646,18 +706,24 @@ class Channel(stock.Channel):
 
     def sweep(self, limit: int) -> bool:
         """Give back overdue messages; whether there may be more."""
-        rows = self.run(OVERDUE, self.books, self.visibility_timeout, limit)
+        rows = self.run(OVERDUE, self.books, self.visibility_timeout, limit, OVERDUE_BYTES)
         for tag, score, deliveries, entry in zip(rows[::4], rows[1::4], rows[2::4], rows[3::4], strict=True):
             try:
                 self._give_back_overdue(tag.decode(), score, int(deliveries), entry)
             except self.connection_errors:
                 raise
             except Exception as error:  # whatever is in it must not keep the others
-                logger.error("The overdue message %r cannot be given back, it stays: %r", tag, error)
-        return len(rows) // 4 >= limit
+                logger.error(
+                    "The overdue message %r cannot be given back, that is tried again after the visibility timeout: %r",
+                    tag,
+                    error,
+                )
+                # The others have their turn before it.
+                self.run(RENEW, self.books[:1], tag)
+        return len(rows) // 4 >= limit or sum(map(len, rows[3::4])) >= OVERDUE_BYTES
 
     def _give_back_overdue(self, tag: str, score: bytes, deliveries: int, entry: bytes) -> None:
-        failed = deliveries + 1 + losses_of(entry)
+        failed = deliveries + 1 + _losses_in(entry)
         if self.max_deliveries and failed >= self.max_deliveries:
             self.bury(tag, "its consumers vanished", failed, score=score, entry=entry)
         else:
@@ -672,50 +738,63 @@ class Channel(stock.Channel):
             queues = self._lookup(exchange, routing_key)
             if not queues:
                 raise LookupError(f"no queue is bound to {exchange!r} with {routing_key!r}")
-            message.setdefault("headers", {})["redelivered"] = True
-            message["properties"].setdefault("delivery_info", {})["redelivered"] = True
+            completed(message)["headers"]["redelivered"] = True
+            message["properties"]["delivery_info"]["redelivered"] = True
             # The failed deliveries are counted under it.
             message["properties"]["delivery_tag"] = tag
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            text = json.dumps(message)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             self.bury(tag, f"cannot be given back: {error!r}", failed, score=score, entry=entry)
             return
-        text = json.dumps(message)
         remember = max(REMEMBER_SECONDS, int(self.visibility_timeout) * 10)
         keys = [*self.books, *map(self.key, queues)]
-        moved = self.run(MOVE, keys, tag, score, push, text, "+" if failed else "", remember)
+        moved = self.run(MOVE, keys, tag, score, push, text, "+" if failed else "", remember, "")
         if moved and failed:
             logger.warning(
                 "A consumer vanished with the task %s, which is given back to %s; failed deliveries: %d",
-                _part(message, "headers").get("id", tag),
+                part(message, "headers").get("id", tag),
                 ", ".join(queues),
                 failed,
             )
 
     def bury(
-        self, tag: str, reason: str, deliveries: int = 0, score: bytes = b"", entry: bytes | None = None
+        self,
+        tag: str,
+        reason: str,
+        deliveries: int = 0,
+        score: bytes = b"",
+        entry: bytes | None = None,
+        unknown: str = "",
     ) -> bool:
-        """Move a taken message to the dead letters; False if it was settled in the meantime."""
+        """Move a taken message to the dead letters; False if it was settled in the meantime.
+
+        `unknown` is the name of a task that nobody here knows: then it is set aside with others of that kind.
+        """
         if entry is None:
             entry = self.plain.hget(self.books[1], tag)
             if entry is None:
                 return False
         letter = self._dead_letter(entry, reason, deliveries)
-        keys = [*self.books, self.key(self.dead_letter_key)]
-        moved = bool(self.run(MOVE, keys, tag, score, "LPUSH", json.dumps(letter), "-", 0))
+        where = self.unknown_task_key if unknown else self.dead_letter_key
+        keys = [*self.books, self.key(where), *([self.key(self.unknown_names_key)] if unknown else [])]
+        moved = bool(self.run(MOVE, keys, tag, score, "LPUSH", json.dumps(letter), "-", 0, unknown))
         if moved:
-            logger.error(
-                "The task %s (%s) goes to %s: %s", letter["id"], letter["task"], self.dead_letter_key, reason
-            )
+            logger.error("The task %s (%s) goes to %s: %s", letter["id"], letter["task"], where, reason)
         return moved
 
     def _dead_letter(self, entry: bytes, reason: str, deliveries: int) -> dict[str, Any]:
         try:
             message, exchange, routing_key = json.loads(entry)
-        except (ValueError, TypeError):
-            # What was taken is no JSON: between the brackets, before the exchange and the queue.
-            text, _, queue = entry.decode(errors="backslashreplace")[1:-1].rpartition(", ")
-            message, exchange, routing_key = text.removesuffix(', ""'), "", json.loads(queue)
-        return dead_letter_of(message, None if exchange else routing_key, reason, deliveries)
+            letter = dead_letter_of(message, None if exchange else routing_key, reason, deliveries)
+            json.dumps(letter)
+        except (ValueError, TypeError, RecursionError):
+            # What was taken is no JSON, or nested too deep: between the brackets, before the exchange and the queue.
+            text = entry.decode(errors="backslashreplace")
+            message, _, queue = text[1:-1].rsplit(", ", 2) if text.count(", ") > 1 else (text, "", "null")
+            with suppress(ValueError):
+                queue = json.loads(queue)
+            letter = dead_letter_of(message, queue, reason, deliveries)
+        return letter
 
     def close(self) -> None:
         if not self.closed:
@@ -762,7 +841,13 @@ class Channel(stock.Channel):
     def create_publish_batch(self, max_size: int) -> PublishBatch:
         return PublishBatch(self, max_size)
 
+    def queue_declare(self, queue: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        if queue:
+            self.require_usable(queue)
+        return super().queue_declare(queue, *args, **kwargs)
+
     def _put(self, queue: str, message: dict[str, Any], **kwargs: Any) -> None:
+        self.require_usable(queue)
         with patience():
             self._push(queue, message, **kwargs)
 
@@ -784,7 +869,14 @@ class Channel(stock.Channel):
     def _size(self, queue: str) -> int:
         """kombu asks in a transaction, which Redis refuses when its memory is full."""
         with patience():
-            return int(self.plain.llen(self.key(queue)))
+            try:
+                return int(self.plain.llen(self.key(queue)))
+            except ResponseError as error:
+                if not str(error).startswith("WRONGTYPE"):
+                    raise
+                # A worker declares all its queues before it takes from any: the others are not concerned.
+                self._on_broken(queue, str(error).encode())
+                return 0
 
     def _has_queue(self, queue: str, **kwargs: Any) -> bool:
         """kombu asks for the key without the prefix."""
@@ -795,46 +887,20 @@ def _nothing() -> None:
     """What wakes an event loop up."""
 
 
-def _part(message: Any, name: str) -> dict[str, Any]:
-    part = message.get(name) if isinstance(message, dict) else None
-    return part if isinstance(part, dict) else {}
-
-
-def losses_of(entry: bytes) -> int:
-    """How many runs of the task ended with the death of the process that ran it, by the header `losses` of its message.
-
-    Whoever sends the message of such a run's retry may write it there, so that these count like vanished consumers.
-    """
+def _losses_in(entry: bytes) -> int:
     try:
-        return int(json.loads(entry)[0]["headers"].get("losses", 0))
-    except (ValueError, TypeError, LookupError, AttributeError, OverflowError):
+        return losses_of(json.loads(entry)[0]["headers"])
+    except (ValueError, TypeError, LookupError, RecursionError):
         return 0
 
 
-def dead_letter_of(message: Any, queue: str | None, reason: str, deliveries: int) -> dict[str, Any]:
-    """The entry that a message gets among the dead letters."""
-    headers, properties = _part(message, "headers"), _part(message, "properties")
-    route = _part(properties, "delivery_info")
-    return {
-        "message": message,
-        "queue": queue or route.get("routing_key"),
-        "routing_key": route.get("routing_key"),
-        "exchange": route.get("exchange"),
-        "task": headers.get("task"),
-        "id": headers.get("id"),
-        "reason": reason,
-        "deliveries": deliveries,
-        "time": round(time.time(), 3),
-    }
-
-
-def dead_letter(channel: Any, message: Any, reason: str, deliveries: int = 0) -> bool:
+def dead_letter(channel: Any, message: Any, reason: str, deliveries: int = 0, unknown: str = "") -> bool:
     """Move a message that this process holds to the dead letters, atomically; that also acknowledges it.
 
-    `message` is kombu's Message. False if it was acknowledged or given back already.
+    `message` is kombu's Message. False if it was acknowledged or given back already. `unknown`: see `Channel.bury`.
     """
     with channel.qos.let_go(message.delivery_tag):
-        moved: bool = channel.bury(message.delivery_tag, reason, deliveries)
+        moved: bool = channel.bury(message.delivery_tag, reason, deliveries, unknown=unknown)
     return moved
 
 
