@@ -1,8 +1,9 @@
 """The commands of the deployment.
 
-check                does the application import? Prints its tasks.
-ping QUEUE…          does a task cross every queue? Prints who answered.
-dead-letters         the messages that were put aside, because whoever took them died each time
+check                does the application import, and can its queues have their names? Prints its tasks.
+ping QUEUE…          does a task cross every queue? Prints who answered, and which unknown tasks can now be put back.
+dead-letters         the messages that were put aside: those that no worker can run, or whose taker died each time
+                     (dead), and those whose task no release knew (unknown)
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
 
 from celery.exceptions import TimeoutError as ResultTimeout
 
-from hothouse_celery import PING_TASK, app, dead
+from hothouse_celery import PING_TASK, app, dead, queues
 
 
 def main() -> int:
@@ -37,24 +39,33 @@ def main() -> int:
     action = letters.add_mutually_exclusive_group()
     action.add_argument("--requeue", nargs="*", metavar="ID", help="put the tasks back into their queues")
     action.add_argument("--drop", nargs="*", metavar="ID", help="forget the tasks")
-    letters.add_argument("--all", action="store_true", help="with --requeue or --drop: all of them")
+    which = letters.add_mutually_exclusive_group()
+    which.add_argument("--all", action="store_true", help="with --requeue or --drop: all dead letters")
+    which.add_argument(
+        "--unknown",
+        action="store_true",
+        help="the unknown tasks only: list them, drop all, or requeue those that this release knows",
+    )
     arguments = parser.parse_args()
     if arguments.command == "check":
         return check()
     if arguments.command == "ping":
         return ping_queues(arguments.queue, arguments.timeout)
-    wanted = arguments.requeue if arguments.drop is None else arguments.drop
-    if wanted is None:
+    ids = arguments.requeue if arguments.drop is None else arguments.drop
+    if ids is None:
         if arguments.all:
             letters.error("--all goes with --requeue or --drop")
-        return list_letters(arguments.json)
-    if bool(wanted) == arguments.all:
-        letters.error("name the tasks by their ids, or all of them by --all")
-    return settle_letters(wanted, requeue=arguments.drop is None)
+        return list_letters(arguments.json, arguments.unknown)
+    if bool(ids) == (arguments.all or arguments.unknown):
+        letters.error("name the tasks by their ids, or all of them by --all or --unknown")
+    requeue = arguments.drop is None
+    if arguments.unknown:
+        return settle_unknown(requeue)
+    return settle_letters(ids, requeue)
 
 
 def check() -> int:
-    """Import the application and print its tasks, as JSON."""
+    """Import the application, look at its queues, and print its tasks, as JSON."""
     app.loader.import_default_modules()
     own = sorted(name for name in app.tasks if not name.startswith(("celery.", "hothouse.")))
     if not own:
@@ -67,17 +78,20 @@ def check() -> int:
             print("beat cannot send these entries of the schedule (beat_schedule):", file=sys.stderr)
             print(*(f"  {name!r}: {reason}" for name, reason in refused.items()), sep="\n", file=sys.stderr)
             return 1
+    if problems := queues.problems(app):
+        print(*problems, sep="\n", file=sys.stderr)
+        return 1
     print(json.dumps(own))
     return 0
 
 
-def ping_queues(queues: list[str], timeout: float) -> int:
-    """Send a task through each queue and print what came back, as JSON.
+def ping_queues(names: list[str], timeout: float) -> int:
+    """Send a task through each queue and print what came back, as JSON; then what can be put back, for those who read.
 
     A queue whose backlog shrinks within `timeout` seconds has workers as well: the task only waits for its turn.
     """
-    results = {queue: app.tasks[PING_TASK].apply_async(queue=queue) for queue in queues}
-    before = {queue: backlog(queue) for queue in queues}
+    results = {queue: app.tasks[PING_TASK].apply_async(queue=queue) for queue in names}
+    before = {queue: backlog(queue) for queue in names}
     answers: dict[str, str] = {}
     deadline = time.monotonic() + timeout
     for queue, result in results.items():
@@ -95,7 +109,19 @@ def ping_queues(queues: list[str], timeout: float) -> int:
                 return 1
             answers[queue] = f"busy: {before[queue] - waiting} tasks were taken, {waiting} wait"
     print(json.dumps(answers))
+    offer()
     return 0
+
+
+def offer() -> None:
+    """Say which tasks were set aside that this release knows."""
+    counts = dead.unknown_tasks(app)
+    for name in counts.keys() & (dead.known(app) if counts else set()):
+        print(
+            f"{counts[name]} messages of the task {name} were set aside because no release knew it; this one does. Run "
+            "them, on a host of the group app: hothouse-run python -m hothouse_celery dead-letters --requeue --unknown",
+            file=sys.stderr,
+        )
 
 
 def backlog(queue: str) -> int:
@@ -105,9 +131,9 @@ def backlog(queue: str) -> int:
         return int(connection.default_channel._size(queue))
 
 
-def list_letters(as_json: bool) -> int:
-    """Print the dead letters, the oldest first."""
-    for letter in dead.letters(app):
+def list_letters(as_json: bool, unknown: bool) -> int:
+    """Print what was put aside, the oldest first."""
+    for letter in dead.letters(app, ("unknown",) if unknown else dead.KINDS):
         print(json.dumps(letter) if as_json else describe(letter))
     return 0
 
@@ -119,7 +145,7 @@ def describe(letter: dict[str, Any]) -> str:
     except (TypeError, ValueError, OverflowError, OSError):
         buried = "-"
     task, queue, runs = (word(letter[name]) for name in ("task", "queue", "deliveries"))
-    return f"{letter['id']} {buried} {task} queue={queue} runs={runs}"
+    return f"{letter['id']} {buried} {task} queue={queue} runs={runs} kind={letter['kind']}"
 
 
 def word(value: Any) -> str:
@@ -129,12 +155,33 @@ def word(value: Any) -> str:
 
 
 def settle_letters(ids: list[str], requeue: bool) -> int:
-    """Put dead letters back, or drop them: those with these ids, without any all. Print the ids of those it was.
+    """Put letters back, or drop them: those with these ids, without any all dead ones. Print the ids of those it was.
 
-    1 if one of them stays a dead letter, or is none.
+    1 if one of them stays a letter, or is none.
     """
+    kinds = dead.KINDS if ids else ("dead",)
+    seen, failed = report(dead.settle(app, lambda letter: not ids or letter["id"] in ids, requeue, kinds))
+    for missing in sorted(set(ids) - seen):
+        print(f"no dead letter has the id {missing}", file=sys.stderr)
+    return 1 if failed or set(ids) - seen else 0
+
+
+def settle_unknown(requeue: bool) -> int:
+    """Put the unknown tasks back that this release knows, or drop all of them; 1 if one could not be."""
+    tasks = dead.known(app) if requeue else set()
+    _, failed = report(
+        dead.settle(app, lambda letter: not requeue or letter["task"] in tasks, requeue, ("unknown",))
+    )
+    for name, count in dead.unknown_tasks(app).items() if requeue else ():
+        if name not in tasks:
+            print(f"{count} messages of the task {name} stay: this release does not know it", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def report(settled: Iterator[tuple[str, str]]) -> tuple[set[str], bool]:
+    """Print what became of each; the ids, and whether one failed."""
     seen, failed = set(), False
-    for name, trouble in dead.settle(app, ids, requeue):
+    for name, trouble in settled:
         seen.add(name)
         if trouble:
             failed = True
@@ -143,9 +190,7 @@ def settle_letters(ids: list[str], requeue: bool) -> int:
             print(name, flush=True)
     if not seen:
         print("there is none")
-    for missing in sorted(set(ids) - seen):
-        print(f"no dead letter has the id {missing}", file=sys.stderr)
-    return 1 if failed or set(ids) - seen else 0
+    return seen, failed
 
 
 if __name__ == "__main__":

@@ -1,19 +1,20 @@
-"""Dead letters: messages that were put aside because whoever took them died each time.
+"""Messages that were put aside: dead letters, and tasks that no release on a host knew.
 
-hothouse_transport puts one aside when its worker died, hothouse_celery.worker when a pool's child did.
+A dead letter is a message that no worker can run (hothouse_celery.messages), or whose taker died each time:
+hothouse_transport puts it aside when that was a worker, hothouse_celery.worker when it was a pool's child.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import time
-import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import hothouse_transport
 from celery import Celery
+from hothouse_transport.messages import dead_letter_of, is_name
+from hothouse_transport.names import unusable
 from redis import Redis, ResponseError
 from redis.backoff import NoBackoff
 from redis.retry import Retry
@@ -22,9 +23,17 @@ from hothouse_celery import credential
 
 FIELDS = ("message", "queue", "routing_key", "exchange", "task", "id", "reason", "deliveries", "time")
 PARTS = ("headers", "properties")
-# How long a letter that somebody is putting back is left alone by others.
-HELD_SECONDS = 60
-GONE = "somebody else has settled it"
+KINDS = ("dead", "unknown")
+GONE = "someone else has settled it"
+# Take an entry off its list, and put a message into a queue instead, if one is given. With the name of a task, that is
+# counted as well. KEYS list, hash of names, queue; ARGV entry, name or nothing, message. Whether the entry was there.
+SETTLE = """
+if KEYS[3] then redis.call('LLEN', KEYS[3]) end -- no list: an error now, when nothing has changed yet
+if redis.call('LREM', KEYS[1], 1, ARGV[1]) == 0 then return 0 end
+if ARGV[2] ~= '' and redis.call('HINCRBY', KEYS[2], ARGV[2], -1) < 1 then redis.call('HDEL', KEYS[2], ARGV[2]) end
+if KEYS[3] then redis.call('LPUSH', KEYS[3], ARGV[3]) end
+return 1
+"""
 
 
 class Refused(Exception):
@@ -42,26 +51,64 @@ def key(app: Celery, name: str) -> str:
     return f"{app.conf.broker_transport_options.get('global_keyprefix', '')}{name}"
 
 
-def list_key(app: Celery) -> str:
-    """The list of dead letters."""
-    return key(app, app.conf.broker_transport_options.get("dead_letter_key", "dead-letter"))
+def list_key(app: Celery, kind: str = "dead") -> str:
+    """The list of dead letters, or of tasks that no one knew."""
+    option, default = {
+        "dead": ("dead_letter_key", "dead-letter"),
+        "unknown": ("unknown_task_key", "unknown-task"),
+    }[kind]
+    return key(app, app.conf.broker_transport_options.get(option, default))
 
 
-def bury(app: Celery, message: Any, reason: str, runs: int) -> None:
-    """Put a message aside that this process holds. Acknowledging it after that does no harm."""
+def names_key(app: Celery) -> str:
+    """The hash that counts unknown tasks by their name."""
+    return f"{list_key(app, 'unknown')}.names"
+
+
+def bury(app: Celery, message: Any, reason: str, runs: int, unknown: str = "") -> None:
+    """Put a message aside that this process holds. Acknowledging it after that does no harm.
+
+    `unknown` is the name of its task, if that is what no one knows.
+    """
     if hasattr(message.channel, "bury"):
-        hothouse_transport.dead_letter(message.channel, message, reason, runs)
-        return
-    from hothouse_transport.channel import dead_letter_of
+        hothouse_transport.dead_letter(message.channel, message, reason, runs, unknown)
+    elif not message.acknowledged:
+        push(app, message._raw, None, reason, runs, unknown)
+        message.ack()
 
+
+def push(app: Celery, raw: Any, queue: str | None, reason: str, runs: int = 0, unknown: str = "") -> None:
+    """Add a message to a list, of which kombu's own transport holds the original."""
+    letter = dead_letter_of(raw, queue, reason, runs)
+    try:
+        entry = json.dumps(letter)
+    except RecursionError:  # it was read, which has another limit than writing
+        entry = json.dumps({**letter, "message": None, "reason": f"{reason}; nested too deep to be kept"})
+    with client(app) as redis, redis.pipeline(transaction=True) as steps:
+        steps.lpush(list_key(app, "unknown" if unknown else "dead"), entry)
+        if unknown:
+            steps.hincrby(names_key(app), unknown, 1)
+        steps.execute()
+
+
+def unknown_tasks(app: Celery) -> dict[str, int]:
+    """How many messages were set aside for each task that no one knew."""
     with client(app) as redis:
-        redis.lpush(list_key(app), json.dumps(dead_letter_of(message._raw, None, reason, runs)))
+        return {name: int(count) for name, count in sorted(redis.hgetall(names_key(app)).items())}
 
 
-def letters(app: Celery) -> Iterator[dict[str, Any]]:
-    """All dead letters, the oldest first."""
+def known(app: Celery) -> set[str]:
+    """The tasks of this release."""
+    app.loader.import_default_modules()
+    return set(app.tasks)
+
+
+def letters(app: Celery, kinds: tuple[str, ...] = KINDS) -> Iterator[dict[str, Any]]:
+    """All that was put aside, of each kind the oldest first."""
     with client(app) as redis:
-        yield from (letter_of(entry) for entry in reversed(redis.lrange(list_key(app), 0, -1)))
+        for kind in kinds:
+            for entry in reversed(redis.lrange(list_key(app, kind), 0, -1)):
+                yield {**letter_of(entry), "kind": kind}
 
 
 def letter_of(entry: str) -> dict[str, Any]:
@@ -88,64 +135,39 @@ def as_bytes(entry: str) -> bytes:
     return entry.encode(errors="surrogateescape")
 
 
-def settle(app: Celery, ids: list[str], requeue: bool) -> Iterator[tuple[str, str]]:
-    """Take letters with these ids, without any all, off the list; back into their queues or not.
+def settle(
+    app: Celery,
+    wanted: Callable[[dict[str, Any]], bool],
+    requeue: bool,
+    kinds: tuple[str, ...] = KINDS,
+) -> Iterator[tuple[str, str]]:
+    """Take the letters that are wanted off their list; back into their queues or not.
 
     For each its id, and why that could not be done, or nothing.
     """
-    # What is retried blindly might be done twice.
+    # What is retried blindly would seem to be settled by someone else.
     with client(app, retry=Retry(NoBackoff(), 0)) as redis:
-        for entry in reversed(redis.lrange(list_key(app), 0, -1)):
-            letter = letter_of(entry)
-            if ids and letter["id"] not in ids:
-                continue
-            try:
-                if held(letter):
-                    raise Refused(f"somebody else is putting it back; if not, try again in {HELD_SECONDS} s")
-                if requeue:
-                    put_back(app, redis, as_bytes(entry), letter)
-                elif not redis.lrem(list_key(app), 1, as_bytes(entry)):
-                    raise Refused(GONE)
-            except (Refused, ResponseError) as error:
-                yield letter["id"], str(error)
-            else:
-                yield letter["id"], ""
-
-
-def put_back(app: Celery, redis: Redis[str], entry: bytes, letter: dict[str, Any]) -> None:
-    """Move the message of a letter into its queue, once however many try.
-
-    The ACL leaves no command to `app` that would push only if the entry was still there, neither WATCH nor a script. So
-    the entry is first exchanged for a copy that names its holder, which others leave alone, and that one for the
-    message; both exchanges are transactions. Who ends in between leaves the copy: a letter again after HELD_SECONDS.
-    Nothing is lost then. Twice in a queue would be only what is put back by two at once, of whom the second one ends
-    before it has removed its copy, or who stands still in between for longer than HELD_SECONDS.
-    """
-    message = json.dumps(revived(letter["message"]))
-    if not readable(letter["queue"]):
-        raise Refused("it names no queue")
-    queue, dead_letters = key(app, letter["queue"]), list_key(app)
-    redis.llen(queue)  # no list: an error now, and not halfway
-    copy = json.dumps({**letter, "holder": uuid.uuid4().hex, "held": time.time()})
-    if not exchange(redis, dead_letters, entry, dead_letters, copy):
-        redis.lrem(dead_letters, 1, copy)
-        raise Refused(GONE)
-    if not exchange(redis, dead_letters, copy, queue, message):
-        raise Refused("it is in its queue, but may be in this list as well: look, and drop it")
-
-
-def exchange(redis: Redis[str], source: str, entry: str | bytes, target: str, value: str) -> bool:
-    """Remove an entry from a list and push a value onto another, atomically. Whether the entry was there."""
-    with redis.pipeline(transaction=True) as steps:
-        steps.lrem(source, 1, entry)
-        steps.lpush(target, value)
-        return bool(steps.execute()[0])
-
-
-def held(letter: dict[str, Any]) -> bool:
-    """Whether somebody is just putting this letter back."""
-    since = letter.get("held")
-    return isinstance(since, int | float) and abs(time.time() - since) < HELD_SECONDS
+        script = redis.register_script(SETTLE)
+        for kind in kinds:
+            for entry in reversed(redis.lrange(list_key(app, kind), 0, -1)):
+                letter = letter_of(entry)
+                if not wanted({**letter, "kind": kind}):
+                    continue
+                keys, arguments = [list_key(app, kind), names_key(app)], [as_bytes(entry), ""]
+                if kind == "unknown" and is_name(letter["task"]):
+                    arguments[1] = letter["task"]
+                try:
+                    if requeue:
+                        arguments.append(json.dumps(revived(letter["message"])))
+                        if unusable(letter["queue"]):
+                            raise Refused("it names no queue")
+                        keys.append(key(app, letter["queue"]))
+                    if not script(keys, arguments):
+                        raise Refused(GONE)
+                except (Refused, ResponseError) as error:
+                    yield letter["id"], str(error)
+                else:
+                    yield letter["id"], ""
 
 
 def revived(message: Any) -> dict[str, Any]:
@@ -154,7 +176,7 @@ def revived(message: Any) -> dict[str, Any]:
         fresh = json.loads(message) if isinstance(message, str) else message
     except (ValueError, RecursionError) as error:
         raise Refused(f"its message cannot be read: {error}") from None
-    if not (isinstance(fresh, dict) and all(isinstance(fresh.get(part, {}), dict) for part in PARTS)):
+    if not (isinstance(fresh, dict) and all(isinstance(fresh.get(part) or {}, dict) for part in PARTS)):
         raise Refused("its message is not one of Celery's")
-    fresh.get("headers", {}).pop("losses", None)
+    (fresh.get("headers") or {}).pop("losses", None)
     return fresh

@@ -10,8 +10,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import celery.worker.consumer
-import celery.worker.request
 import hothouse_transport
 from billiard.einfo import ExceptionInfo, ExceptionWithTraceback
 from celery.app.trace import TraceInfo
@@ -21,11 +19,12 @@ from celery.exceptions import TaskRevokedError, WorkerLostError, WorkerShutdown,
 from celery.utils.log import get_logger
 from celery.worker import state
 from celery.worker.state import task_ready
+from hothouse_transport.messages import losses_of
 from kombu.exceptions import OperationalError
 from kombu.utils.encoding import safe_repr
 from redis import Redis, RedisError
 
-from hothouse_celery import credential, dead, notify_systemd, pool, stop
+from hothouse_celery import credential, dead, messages, notify_systemd, pool, stop
 
 logger = get_logger(__name__)
 
@@ -78,7 +77,7 @@ def lost_process(error: BaseException) -> ExceptionInfo:
         return ExceptionInfo()
 
 
-class Consumer(celery.worker.consumer.Consumer):
+class Consumer(messages.Consumer):
     """Tries to reach Redis again at least every two seconds, where Celery's would wait for up to 30."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -122,7 +121,7 @@ class Consumer(celery.worker.consumer.Consumer):
             hub.on_tick.add(hothouse_transport.health.touch)
 
 
-class Request(celery.worker.request.Request):
+class Request(messages.Request):
     """Counts how often a task lost its process. After the last time its message becomes a dead letter.
 
     Losses of a whole worker count as well: hothouse_transport notes them. Those of a pool's child are written into the
@@ -174,7 +173,7 @@ class Request(celery.worker.request.Request):
         earlier = self._context.headers or {}
         with dead.client(self.app) as redis:
             key, tag = dead.key(self.app, "deliveries"), self._message.delivery_tag
-            runs = 1 + int(earlier.get("losses", 0)) + int(redis.hget(key, tag) or 0)
+            runs = 1 + losses_of(earlier) + int(redis.hget(key, tag) or 0)
             if not self.task.retry_on_worker_lost:
                 redis.hincrby(key, tag, 1)  # the same message comes again
             elif limit is not None and retries >= limit:
