@@ -61,6 +61,7 @@ command=$1 signal=$2
 coproc hothouse-run python -u -c "$command"
 read -r ready <&"${COPROC[0]}"
 exec 3<&"${COPROC[0]}"
+systemctl daemon-reload # systemd reads units anew, which must not change how this one ends
 kill -"$signal" "$COPROC_PID"
 wait "$COPROC_PID"
 echo "$? $(cat <&3)"
