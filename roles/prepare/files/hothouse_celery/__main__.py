@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from celery.exceptions import TimeoutError as ResultTimeout
+from redis import ResponseError
 
 from hothouse_celery import PING_TASK, app, dead, queues
 
@@ -115,7 +116,11 @@ def ping_queues(names: list[str], timeout: float) -> int:
 
 def offer() -> None:
     """Say which tasks were set aside that this release knows."""
-    counts = dead.unknown_tasks(app)
+    try:
+        counts = dead.unknown_tasks(app)
+    except ResponseError as error:  # the rights of an earlier version
+        print(f"Redis does not tell which tasks were set aside: {error}. Run site.yml.", file=sys.stderr)
+        return
     for name in counts.keys() & (dead.known(app) if counts else set()):
         print(
             f"{counts[name]} messages of the task {name} were set aside because no release knew it; this one does. Run "
