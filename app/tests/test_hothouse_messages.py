@@ -338,7 +338,7 @@ def test_tasks_that_no_release_knew_run_once_one_does(transport: str, shim: Redi
         ("app.conf.task_routes = [{'trials.say': 'deliveries'}]", "the route of trials.say in task_routes: "),
         ("app.tasks['trials.say'].queue = ' '", "the option queue of the task trials.say: ' ' cannot"),
         (
-            "app.conf.beat_schedule = {'x': {'task': 'trials.say', 'schedule': 1, 'options': {'queue': 'unknown-task'}}}",
+            "app.conf.beat_schedule = {'x': {'task': 'trials.tick', 'schedule': 1, 'args': ['x'], 'options': {'queue': 'unknown-task'}}}",
             "the entry x of beat_schedule: 'unknown-task' cannot be the name of a queue: it is reserved",
         ),
         ("app.conf.task_routes = {'trials.*': {'queue': 'grüße'}}", ""),
