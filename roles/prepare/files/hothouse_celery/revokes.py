@@ -96,13 +96,22 @@ def broadcast(self: Control, command: str, arguments: Any = None, *rest: Any, **
         logger.error("What is revoked could not be noted in Redis: %s", error)
     try:
         return celerys_broadcast(self, command, arguments, *rest, **options)
-    except (NoPermissionError, OperationalError) as error:
-        if not isinstance(error, NoPermissionError) and not isinstance(error.__cause__, NoPermissionError):
+    except (ResponseError, OperationalError) as error:
+        if not refused(error) and not refused(error.__cause__):
             raise
         raise NotAllowed(
             f"Redis does not let this process control workers ({command}): {error}. To allow it to the application, "
             "set app_may_control: true in the inventory and run site.yml."
         ) from error
+
+
+def refused(error: BaseException | None) -> bool:
+    """Whether Redis' ACL refuses something, be it in a script."""
+    if isinstance(error, NoPermissionError):
+        return True
+    # Redis 7.0 says it in the second way.
+    words = ("ACL failure in script", "The user executing the script")
+    return isinstance(error, ResponseError) and any(word in str(error) for word in words)
 
 
 # Applications whose revokes last; an object for remote control may be older than their settings.
