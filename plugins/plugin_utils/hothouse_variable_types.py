@@ -3,7 +3,7 @@
 `-e name=value`, INI inventories, AWX and look-ups in the environment give strings. A string is no number in JSON, and
 the string `false` counts as true. Neither a role nor a fact could mend that, for extra variables beat them all. So
 values are converted where Ansible puts the variables of a host together: behind every task, template, condition and
-`hostvars`. See docs/decisions/0020-variables-have-the-types-of-their-specification.md.
+`hostvars`. See docs/decisions/0021-variables-have-the-types-of-their-specification.md.
 """
 
 from __future__ import annotations
