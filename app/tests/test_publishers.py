@@ -34,11 +34,12 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def account(redis: Redis, user: str, **values: Any) -> str:
-    """Make one of the users that roles/redis makes; its URL."""
+    """Make a user with the rights of one that roles/redis makes, beside those of other tests; its URL."""
+    name = f"of_{user}"
     redis.admin.execute_command(
-        "ACL", "SETUSER", user, "reset", "on", ">word", *rules(user, **values).split()
+        "ACL", "SETUSER", name, "reset", "on", ">word", *rules(user, **values).split()
     )
-    return f"redis://{user}:word@127.0.0.1:{redis.port}/0"
+    return f"redis://{name}:word@127.0.0.1:{redis.port}/0"
 
 
 def clear(redis: Redis) -> None:
