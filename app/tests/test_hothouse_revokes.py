@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from conftest import Redis, wait_until
 from hosts import celery
-from test_publishers import Run, account, deployment, done, run, transport
+from test_publishers import Run, account, deployment, done, redis_server, run, transport
 
-__all__ = ("deployment", "run", "transport")
+__all__ = ("deployment", "redis_server", "run", "transport")
 
 pytestmark = pytest.mark.parametrize("transport", ["hothouse"], indirect=True)
 WORDS = ["worker", "--loglevel=INFO", "--without-gossip", "--without-mingle", "--concurrency=1"]

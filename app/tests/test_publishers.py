@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Redis, wait_until
+from conftest import Redis, running_redis, wait_until
 from hosts import SHIM, celery, set_up
 from roles import rules
 
@@ -34,12 +34,18 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def account(redis: Redis, user: str, **values: Any) -> str:
-    """Make a user with the rights of one that roles/redis makes, beside those of other tests; its URL."""
-    name = f"of_{user}"
+    """Make one of the users that roles/redis makes; its URL."""
     redis.admin.execute_command(
-        "ACL", "SETUSER", name, "reset", "on", ">word", *rules(user, **values).split()
+        "ACL", "SETUSER", user, "reset", "on", ">word", *rules(user, **values).split()
     )
-    return f"redis://{name}:word@127.0.0.1:{redis.port}/0"
+    return f"redis://{user}:word@127.0.0.1:{redis.port}/0"
+
+
+@pytest.fixture(scope="module")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Redis]:
+    """A server of their own: other tests know their users with other passwords."""
+    with running_redis(tmp_path_factory.mktemp("accounts")) as server:
+        yield server
 
 
 def clear(redis: Redis) -> None:
