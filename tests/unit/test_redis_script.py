@@ -178,6 +178,20 @@ def test_a_key_of_another_type_costs_its_own_figure_and_is_reported(node: Callab
     assert found["queue_messages/email_senders"] == 0
 
 
+def test_a_key_that_the_exporter_may_not_read_costs_its_own_figure(node: Callable[..., Node]) -> None:
+    """As between two playbooks, one of which writes the rights and the other one the script."""
+    single = node("single")
+    everything = set(single.figures())
+    single("ACL", "SETUSER", "exporter", "resetkeys", *(word for word in rights() if word.startswith("%R~q")))
+    found = set(single.figures())
+    assert found - everything == {
+        f"unreadable/{GAUGE}",
+        "unreadable/redbeat::schedule",
+        "unreadable/redbeat:schedulers",
+    }
+    assert everything - found == {"app/ambiguous_recipients", "schedulers/"}
+
+
 def test_whatever_a_queue_holds_is_counted(node: Callable[..., Node]) -> None:
     single = node("single")
     odd = (
