@@ -54,14 +54,25 @@ class ActionModule(ActionBase):
             clock = clock.narrowed(self._ask(READ_CLOCK)[0])
         return {"changed": False, "stdout_lines": lines, "clock": [round(value, 3) for value in clock]}
 
+    def _way_out(self, error: str) -> str:
+        """What to do about a host that cannot be reached."""
+        without = f"go on without it: repeat the command with --limit '!{self._host}'."
+        if "IDENTIFICATION HAS CHANGED" not in error:
+            return f"If {self._host} is down, {without}"
+        address, port = (self._connection.get_option(option) for option in ("host", "port"))
+        known = address if port in (None, 22) else f"'[{address}]:{port}'"
+        return (
+            f"{self._host} shows another SSH key than before. If it was installed anew, forget the old key and log in "
+            f"once, see docs/operations.md: ssh-keygen -R {known}. If not, something else answers there; {without}"
+        )
+
     def _ask(self, command: str) -> tuple[Bounds, list[str]]:
         before = time.time()
         try:
             done = self._low_level_execute_command(command, executable="/bin/sh")
         except AnsibleConnectionFailure as error:
             raise AnsibleConnectionFailure(
-                f"{error}\nIf {self._host} is down, go on without it: repeat the command with --limit '!{self._host}'. "
-                "What it misses it gets from a later run for all hosts."
+                f"{error}\n{self._way_out(str(error))} What the host misses it gets from a later run for all hosts."
             ) from None
         after = time.time()
         lines = [line.strip() for line in done["stdout"].splitlines()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,17 @@ def started(stack: Stack) -> dict[str, str]:
     ).split()
     release = host.check_output("readlink /opt/hothouse/app/current")
     return dict(zip(units, times, strict=True)) | {"release": release}
+
+
+def test_a_changed_key_of_a_host_is_told_with_what_to_type(stack: Stack, tmp_path: Path) -> None:
+    subprocess.run(["ssh-keygen", "-q", "-N", "", "-t", "ed25519", "-f", tmp_path / "key"], check=True)
+    port = stack.variables["local1"]["ansible_port"]
+    known = tmp_path / "known_hosts"
+    known.write_text(f"[127.0.0.1]:{port} {(tmp_path / 'key.pub').read_text()}")
+    options = f"-o UserKnownHostsFile={known} -o GlobalKnownHostsFile=/dev/null -o ControlPath=none"
+    done = stack.playbook("site.yml", "--check", "-e", f"ansible_ssh_common_args='{options}'", check=False)
+    assert done.returncode != 0
+    assert f"ssh-keygen -R '[127.0.0.1]:{port}'" in " ".join(done.stdout.split())
 
 
 def test_a_rerun_changes_nothing_and_takes_few_round_trips(stack: Stack) -> None:
