@@ -312,6 +312,21 @@ def failed_renewal(stack: Stack) -> Iterator[None]:
 
 
 @contextmanager
+def half_deployed(stack: Stack) -> Iterator[None]:
+    """A second release in service, and ours since a time at which no service has started yet."""
+    host, file = stack.first("app"), "/var/lib/prometheus/node-exporter/release.prom"
+    host.check_output(f"cp --preserve {file} {file}.kept")
+    try:
+        host.check_output(
+            'sed --in-place --expression \'/^hothouse_release_info/ {p; s/release="[^"]*"/release="other"/}\' '
+            f"--expression '/^hothouse_release_moved_seconds/ s/ .*/ 4102444800/' {file}"
+        )
+        yield
+    finally:
+        host.check_output(f"mv {file}.kept {file}")
+
+
+@contextmanager
 def without_redis(stack: Stack) -> Iterator[None]:
     """What lost its connection begins anew afterwards, and so does the counter of restarts."""
     try:
@@ -338,11 +353,12 @@ LIMITED: dict[str, tuple[list[Trouble], set[str]]] = {
             dead_letters,
             unknown_task,
             ambiguous_recipients,
+            half_deployed,
         ],
         {
             "WorkersMissing", "QueueWithoutConsumer", "QueueGrowing", "QueueLong", "QueueOld", "BeatDown", "BeatLate",
             "ReplyQueuesOrphaned", "DeadLetters", "UnknownTasks", "AppGaugeHigh", "RedisAccessDenied",
-            "RedisMemoryHigh", "RedisPersistenceFailing",
+            "RedisMemoryHigh", "RedisPersistenceFailing", "ReleasesDiffer", "ServiceOutdated",
         },
     ),
 }  # fmt: skip
@@ -378,7 +394,7 @@ SEVERAL_HOSTS = {
 SOMETIMES = {
     "haproxy_backend_active_servers", "hothouse_acme_expiry_timestamp_seconds", "hothouse_acme_renewal_failed",
     "hothouse_certificate_expiry_timestamp_seconds", "hothouse_hung_service", "hothouse_redis_unreadable",
-    "hothouse_unknown_task",
+    "hothouse_redis_unknown_task", "hothouse_unknown_task",
 }  # fmt: skip
 # Their mails hold back others, or are held back.
 IN_THE_WAY = {"HostDown", "NginxDown", "FlowerDown", "DoorOpen", "PublicUrlFailing"}
