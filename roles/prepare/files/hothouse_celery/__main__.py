@@ -32,7 +32,9 @@ def main() -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     checker = commands.add_parser("check", help="import the application and all its tasks")
-    checker.add_argument("--settings", metavar="SUM", help="not read: with other settings it is another command")
+    checker.add_argument(
+        "--settings", metavar="SUM", help="not read: with other settings it is another command"
+    )
     pinger = commands.add_parser("ping", help="send a task through each queue and wait for its answer")
     pinger.add_argument("queue", nargs="+")
     pinger.add_argument("--timeout", type=float, default=30, metavar="SECONDS")
