@@ -73,10 +73,6 @@ class WrongType(ValueError):
     """A value that cannot be converted; says what was expected."""
 
 
-def _bool(value: Any) -> bool:
-    return check_type_bool(value)
-
-
 def _int(value: Any) -> int:
     if isinstance(value, bool):
         raise TypeError
@@ -139,7 +135,7 @@ def _dict(value: Any) -> dict[Any, Any]:
 
 
 CONVERT: dict[str, Callable[[Any], Any]] = {
-    "bool": _bool,
+    "bool": check_type_bool,
     "dict": _dict,
     "float": _float,
     "int": _int,

@@ -117,7 +117,7 @@ def refused(error: BaseException | None) -> bool:
 # Applications whose revokes last; an object for remote control may be older than their settings.
 lasting: WeakSet[Celery] = WeakSet()
 celerys_broadcast = Control.broadcast
-Control.broadcast = broadcast  # type: ignore[method-assign]
+Control.broadcast = broadcast  # type: ignore[method-assign]  # whoever made the Control, it has to note
 
 
 class Remember(bootsteps.StartStopStep):
