@@ -265,11 +265,11 @@ def exchange(
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """A module that is not for every scenario names those it is for in SCENARIOS."""
+    """Only what is for this scenario: a module or a test that is not for each says so with the marker `scenarios`."""
     here = [
         item
         for item in items
-        if SCENARIO in getattr(item.getparent(pytest.Module).obj, "SCENARIOS", [SCENARIO])
+        if not (marker := item.get_closest_marker("scenarios")) or SCENARIO in marker.args
     ]
     config.hook.pytest_deselected(items=[item for item in items if item not in here])
     items[:] = here

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from conftest import Stack
 
-SCENARIOS = ("staging",)
+pytestmark = pytest.mark.scenarios("staging")
 
 FOLDER = "/root/pebble"
 DIRECTORY = "https://localhost:14000/dir"

@@ -22,7 +22,7 @@ import pytest
 from conftest import REPOSITORY, Stack
 from testinfra.host import Host
 
-SCENARIOS = ("local",)
+pytestmark = pytest.mark.scenarios("local")
 
 MAILDIR = "/var/lib/hothouse-mail/Maildir/new"
 SENDER = "celery-worker@email_senders-1.service"

@@ -6,7 +6,10 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 from conftest import Stack
+
+pytestmark = pytest.mark.scenarios("staging", "prod")
 
 # RedBeat's lock of 30 s and one loop of 5 s.
 HANDOVER_SECONDS = 35

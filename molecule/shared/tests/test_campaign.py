@@ -12,7 +12,7 @@ import pytest
 from conftest import Stack
 from testinfra.host import Host
 
-SCENARIOS = ("local", "staging", "prod")
+pytestmark = pytest.mark.scenarios("local", "prod")
 
 MAILDIR = "/var/lib/hothouse-mail/Maildir/new"
 

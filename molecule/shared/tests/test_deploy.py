@@ -13,7 +13,7 @@ import pytest
 import yaml
 from conftest import REPOSITORY, Stack
 
-SCENARIOS = ("local",)
+pytestmark = pytest.mark.scenarios("local")
 
 # Executions of modules on a host that carries every noun, when nothing is to be done: they are what a rerun costs.
 MOST_MODULES = 20

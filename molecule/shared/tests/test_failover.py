@@ -12,7 +12,7 @@ import pytest
 from conftest import Stack
 from test_monitor import query
 
-SCENARIOS = ("prod",)
+pytestmark = pytest.mark.scenarios("prod")
 
 QUEUE = "q:kept"
 TASKS = 200

@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 from conftest import Stack
 
-pytestmark = pytest.mark.usefixtures("stack")
+# The firewall of own-app is that of staging.
+pytestmark = [pytest.mark.usefixtures("stack"), pytest.mark.scenarios("local", "staging", "prod")]
 
 RULES = "/etc/hothouse/firewall.nft"
 LISTED = "nft --stateless list table inet hothouse"

@@ -17,10 +17,11 @@ from test_firewall import LISTED, RULES, STRANGE_PORTS, listeners, scan
 
 __all__ = ["listeners"]  # a fixture
 
-SCENARIOS = ("local", "prod")
 ROLLBACK_SECONDS = 12
 
-pytestmark = pytest.mark.usefixtures("stack")
+# Only two of them look at more than one host.
+pytestmark = [pytest.mark.usefixtures("stack"), pytest.mark.scenarios("local")]
+several_hosts_too = pytest.mark.scenarios("local", "prod")
 
 
 def test_whoever_reloads_the_tables_of_the_host_gets_these_again(
@@ -67,6 +68,7 @@ def test_without_the_firewall_nothing_of_it_is_left(stack: Stack, listeners: Non
     assert scan(stack, None, target, {1234}) == {name: set()}
 
 
+@several_hosts_too
 def test_addresses_that_leave_this_run_out_are_refused_before_anything_changes(stack: Stack) -> None:
     before = {name: stack.host(name).check_output(LISTED) for name in stack.variables}
     done = stack.playbook(
@@ -127,6 +129,7 @@ def test_rules_that_lock_ssh_out_are_taken_back_by_the_host_itself(
     assert " changed=0 " in done.stdout
 
 
+@several_hosts_too
 def test_a_clock_that_is_off_is_refused_before_anything_changes(stack: Stack) -> None:
     name = list(stack.variables)[-1]
     host = stack.host(name)

@@ -11,7 +11,7 @@ from urllib.parse import urlencode
 import pytest
 from conftest import REPOSITORY, Stack
 
-SCENARIOS = ("local", "prod")
+pytestmark = pytest.mark.scenarios("local", "prod")
 
 DASHBOARD = json.loads((REPOSITORY / "docs/grafana/hothouse.json").read_text())
 PLOTS = json.loads((REPOSITORY / "roles/nginx/files/overview/plots.json").read_text())

@@ -19,7 +19,7 @@ from conftest import REPOSITORY, SCENARIO, Stack
 from test_campaign import create, fresh_domain, show
 from testinfra.host import Host
 
-SCENARIOS = ("local", "prod")
+pytestmark = pytest.mark.scenarios("local", "prod")
 
 # Lines that are not run, by how they begin, and why. What tests it instead is named.
 NOT_RUN = {

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import base64
-import subprocess
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from shlex import quote
 from typing import Any
 
 import pytest
-import yaml
 from conftest import Stack
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -19,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from testssl import findings
 
-SCENARIOS = ("prod",)
+pytestmark = pytest.mark.scenarios("prod")
 
 CA, CERTIFICATE, KEY = (
     "/etc/hothouse/tls/ca.crt",
@@ -57,16 +54,6 @@ with socket.create_connection(("127.0.0.1", 6379), timeout=10) as connection:
     connection.sendall(b"PING\\r\\n")
     print(connection.recv(100).decode() or "closed")
 """
-# Asks over one connection for as long as it lives.
-HOLD = """
-import socket, time
-with socket.create_connection(("127.0.0.1", 6379), timeout=10) as connection:
-    while True:
-        connection.sendall(b"PING\\r\\n")
-        assert connection.recv(100), "closed"
-        time.sleep(0.2)
-"""
-HOLDER = "hothouse-test-holder"
 
 
 def python(stack: Stack, host: str, program: str, *arguments: str) -> str:
@@ -83,16 +70,6 @@ def offered(stack: Stack) -> list[tuple[str, dict[str, Any]]]:
     return [
         (host, service) for host in stack.variables for service in stack.variables[host]["haproxy_services"]
     ]
-
-
-def serials(stack: Stack) -> dict[tuple[str, int], str]:
-    """The serial number of the certificate that each service shows to a client."""
-    return {
-        (host, service["port"]): python(
-            stack, service["clients"][0], ASK, stack.address(host), str(service["port"]), CERTIFICATE, KEY, CA
-        ).splitlines()[-1]
-        for host, service in offered(stack)
-    }
 
 
 def authority(name: str) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
@@ -246,60 +223,3 @@ def test_redis_and_sentinel_offer_no_weak_tls(stack: Stack, port: int) -> None:
         assert findings(host, f"{stack.address(name)}:{port}", CA, client=client, plain=True) == []
     finally:
         host.run(f"rm {client}")
-
-
-def test_new_certificates_are_shown_without_a_restart_and_sessions_go_on(
-    stack: Stack, tmp_path: Path
-) -> None:
-    """What a rerun does 30 days before they end, here because they are missing in the credentials."""
-    everything = [
-        "playbooks/redis.yml",
-        "playbooks/haproxy.yml",
-        "playbooks/nginx.yml",
-        "playbooks/monitor.yml",
-    ]
-    watched = {
-        host: [unit for unit in ("haproxy", "nginx", "prometheus", "redis-server")
-               if stack.host(host).run(f"systemctl is-active {unit}").rc == 0]
-        for host in stack.variables
-    }  # fmt: skip
-
-    def started(host: str) -> dict[str, str]:
-        return {
-            unit: stack.host(host).check_output(f"systemctl show --value -p MainPID,NRestarts {unit}")
-            for unit in watched[host]
-        }
-
-    copy = tmp_path / "credentials.yml"
-    values = yaml.safe_load(decrypted(stack))["credentials"]
-    kept = {name: value for name, value in values.items() if not name.startswith("host_")}
-    copy.write_text(yaml.safe_dump({"credentials": kept}))
-    worker = stack.host(stack.group("worker")[0])
-    encoded = base64.b64encode(HOLD.encode()).decode()
-    worker.check_output(
-        f"systemd-run --unit={HOLDER} python3 -c \"import base64; exec(base64.b64decode('{encoded}'))\""
-    )
-    before, pids = serials(stack), {host: started(host) for host in stack.variables}
-    assert any(watched.values()) and before
-    try:
-        stack.playbook(*everything, "-e", f"credentials_file={copy}")
-        after = serials(stack)
-        assert set(after) == set(before)
-        assert not set(after.values()) & set(before.values())
-        assert {host: started(host) for host in stack.variables} == pids
-        assert worker.check_output(f"systemctl is-active {HOLDER}") == "active"
-        assert stack.request("/flower/", stack.login).status == 200
-        assert stack.ping(stack.variables[stack.group("app")[0]]["app_queues"][0])
-    finally:
-        worker.run(f"systemctl stop {HOLDER}; systemctl reset-failed {HOLDER}")
-        stack.playbook(*everything)
-    assert serials(stack) == before
-
-
-def decrypted(stack: Stack) -> str:
-    """The text of the scenario's credentials file."""
-    done = subprocess.run(
-        ["ansible-vault", "view", stack.credentials_file],
-        env=stack.environment, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    return done.stdout

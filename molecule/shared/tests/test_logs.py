@@ -11,7 +11,7 @@ import pytest
 from conftest import Stack
 from test_campaign import create, fresh_domain, show
 
-SCENARIOS = ("local", "staging", "prod")
+pytestmark = pytest.mark.scenarios("local", "staging", "prod")
 
 PAIR = r'([A-Za-z_][\w.-]*)=("(?:[^"\\]|\\.)*"|[^\s"=\\]+)'
 LINE = re.compile(rf"{PAIR}(?: {PAIR})*")

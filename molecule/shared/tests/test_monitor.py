@@ -9,7 +9,7 @@ from urllib.parse import quote
 import pytest
 from conftest import Stack
 
-SCENARIOS = ("local", "staging", "prod")
+pytestmark = pytest.mark.scenarios("local", "staging", "prod")
 
 
 def query(stack: Stack, expression: str) -> dict[str, float]:

@@ -16,7 +16,7 @@ from axe_playwright_python.sync_playwright import Axe
 from conftest import Stack
 from playwright.sync_api import Browser, Locator, Page, Route, sync_playwright
 
-SCENARIOS = ("local",)
+pytestmark = pytest.mark.scenarios("local")
 
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; base-uri 'none'; "

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 from conftest import Stack
 
-SCENARIOS = ("own-app",)
+pytestmark = pytest.mark.scenarios("own-app")
 
 
 def test_its_tasks_run_on_their_queue_and_flower_counts_them(stack: Stack, wait: Callable[..., Any]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from conftest import Stack
 
-SCENARIOS = ("staging",)
+pytestmark = pytest.mark.scenarios("staging")
 PING = "from campaigns.celery import app; ping = app.signature('hothouse.ping', immutable=True); "
 
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from conftest import Stack
 
-SCENARIOS = ("local", "prod")
+pytestmark = pytest.mark.scenarios("local", "prod")
 
 
 @pytest.fixture

@@ -9,6 +9,9 @@ import socket
 import pytest
 from conftest import Stack
 
+# Redis of own-app is that of staging.
+pytestmark = pytest.mark.scenarios("local", "staging", "prod")
+
 
 @pytest.fixture(autouse=True)
 def only_expected_refusals(stack: Stack) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 from conftest import Stack
 
-SCENARIOS = ("staging",)
+pytestmark = pytest.mark.scenarios("staging")
 
 # Everything but what Debian's packages brought, the account, and the data.
 OURS = """

@@ -1,19 +1,23 @@
-"""Every password and the CA are replaced at once, while tasks run, by a run that has to be repeated."""
+"""Each password, the CA and everything at once are replaced while tasks run, by runs that are interrupted, too."""
 
 from __future__ import annotations
 
 import base64
 import os
+import shlex
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from shlex import quote
 from typing import Any
 
 import pytest
 from conftest import REPOSITORY, Stack
+from test_links import ASK, CA, CERTIFICATE, KEY, offered, python
 
-SCENARIOS = ("prod",)
+pytestmark = pytest.mark.scenarios("prod")
 
 PUBLISHER, STOP, LOG = "hothouse-test-publisher", "/run/hothouse-test-stop", "/run/hothouse-test-published"
 # For some seconds, as an application that is restarted when it cannot log in: what is printed was accepted. Not the
@@ -37,38 +41,73 @@ while (left := {task for task in left if app.AsyncResult(task).state != "SUCCESS
     time.sleep(0.5)
 print(*left)
 """
+# Asks over one connection for as long as it lives.
+HOLD = """
+import socket, time
+with socket.create_connection(("127.0.0.1", 6379), timeout=10) as connection:
+    while True:
+        connection.sendall(b"PING\\r\\n")
+        assert connection.recv(100), "closed"
+        time.sleep(0.2)
+"""
+HOLDER = "hothouse-test-holder"
 USERS = ("admin", "app", "beat", "exporter", "flower", "haproxy", "replica", "sentinel", "worker")
+# What `ansible-vault edit` opens the file with: removes the values named, or gives one another name.
+EDITOR = r"""
+import pathlib, re, sys
+*changes, path = sys.argv[1:]
+file = pathlib.Path(path)
+text = file.read_text()
+for change in changes:
+    name, _, new = change.partition("=")
+    pattern, by = (rf"(?m)^  {name}:", f"  {new}:") if new else (rf"(?m)^  {name}:.*\n(?:    .*\n)*", "")
+    text, found = re.subn(pattern, by, text)
+    assert found == 1, change
+file.write_text(text)
+"""
 
 
-@pytest.fixture
-def published(stack: Stack) -> Iterator[Callable[[], int]]:
-    """Publishes until it is asked how many were accepted."""
+@dataclass
+class Load:
+    """Tasks that are published without a pause, and what became of them."""
+
+    stack: Stack
+    before: int = 0
+
+    def count(self) -> int:
+        """How many were accepted since `before`."""
+        return int(self.stack.first("app").check_output(f"wc -l <{LOG}")) - self.before
+
+    def unfinished(self) -> str:
+        """Those of them that do not succeed within a minute."""
+        ids = f"tail -n +{self.before + 1} {LOG} | head -n {self.count()}"
+        return self.stack.first("app").check_output(f"{ids} | hothouse-run python -c {quote(UNFINISHED)}")
+
+
+@pytest.fixture(scope="module")
+def publisher(stack: Stack) -> Iterator[None]:
     host = stack.first("app")
     queues = " ".join(stack.variables[stack.group("app")[0]]["app_queues"])
     program = f"hothouse-run python -c {quote(PUBLISH)} {queues} >>{LOG} 2>/dev/null"
     loop = base64.b64encode(f"until [ -e {STOP} ]; do {program} || sleep 0.2; done".encode()).decode()
-    host.check_output(f"rm -f {STOP} {LOG}")
+    host.check_output(f"rm -f {STOP} {LOG}; touch {LOG}")
     host.check_output(f"systemd-run --unit={PUBLISHER} bash -c 'eval \"$(echo {loop} | base64 -d)\"'")
-
-    def stop() -> int:
-        host.check_output(f"touch {STOP}; while systemctl is-active --quiet {PUBLISHER}; do sleep 0.1; done")
-        return int(host.check_output(f"wc -l <{LOG}"))
-
-    yield stop
+    yield
     host.run(f"touch {STOP}; systemctl stop {PUBLISHER}; rm -f {LOG} {STOP}")
 
 
-def interrupted(stack: Stack, task: str, *words: str) -> None:
-    """Run ansible-playbook as `stack.playbook` does, and kill it when it begins a task."""
-    run = subprocess.Popen(
-        ["ansible-playbook", *stack.inventory_options, *words],
-        cwd=REPOSITORY, env=stack.environment, stdout=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
-    assert run.stdout
-    seen = next((line for line in run.stdout if task in line), None)
-    os.killpg(run.pid, signal.SIGKILL)
-    run.wait()
-    assert seen, f"the run never came to {task}"
+@pytest.fixture
+def replaced(stack: Stack, publisher: None, wait: Callable[..., Any]) -> Iterator[dict[str, str]]:
+    """The secrets of before; afterwards nothing was lost, all works, and no Redis was taken for dead."""
+    load, primary, failovers, old = Load(stack), stack.primary(), epochs(stack), dict(stack.secrets)
+    load.before = load.count()
+    yield old
+    assert load.count() > 100
+    assert load.unfinished() == ""
+    assert stack.request("/flower/", stack.login).status == 200
+    wait(lambda: set(stack.refusals()) == set(), "nobody who comes with an old password", 30)
+    # A failover begins another epoch.
+    assert (stack.primary(), epochs(stack)) == (primary, failovers)
 
 
 def epochs(stack: Stack) -> set[str]:
@@ -76,29 +115,110 @@ def epochs(stack: Stack) -> set[str]:
     return {stack.host(name).check_output(command) for name in stack.group("redis")}
 
 
-def test_everything_is_replaced_at_once_and_nothing_is_lost(
-    stack: Stack, published: Callable[[], int], wait: Callable[..., Any]
+def serials(stack: Stack) -> dict[tuple[str, int], str]:
+    """The serial number of the certificate that each service shows to a client."""
+    return {
+        (host, service["port"]): python(
+            stack, service["clients"][0], ASK, stack.address(host), str(service["port"]), CERTIFICATE, KEY, CA
+        ).splitlines()[-1]
+        for host, service in offered(stack)
+    }
+
+
+def edit(stack: Stack, *changes: str) -> None:
+    """Change the credentials as the guide says: NAME removes a value, NAME=OTHER gives it another name."""
+    subprocess.run(
+        ["ansible-vault", "edit", stack.credentials_file],
+        env=stack.environment | {"EDITOR": shlex.join([sys.executable, "-c", EDITOR, *changes])},
+        check=True,
+    )
+
+
+def run(stack: Stack, *words: str, until: str = "") -> None:
+    """Run site.yml as a user does; kill it when it begins the task `until`, if that is given."""
+    stack.__dict__.pop("secrets", None)
+    if not until:
+        stack.playbook("site.yml", *words)
+        return
+    process = subprocess.Popen(
+        ["ansible-playbook", *stack.inventory_options, "site.yml", *words],
+        cwd=REPOSITORY, env=stack.environment, stdout=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    assert process.stdout
+    seen = next((line for line in process.stdout if until in line), None)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert seen, f"the run never came to {until}"
+
+
+def changed(stack: Stack, old: dict[str, str]) -> set[str]:
+    return {name for name in old if stack.secrets.get(name) != old[name]}
+
+
+def is_refused(stack: Stack, old: dict[str, str], name: str) -> bool:
+    """Whether a password of before is of no use any more, anywhere."""
+    if name == "flower_password":
+        return stack.request("/flower/", f"{old['__user']}:{old[name]}").status == 401
+    if name == "monitor":
+        login = f"echo 'user = monitor:{old[name]}'"
+        ask = f"{login} | curl -so /dev/null -w '%{{http_code}}' -K - 127.0.0.1:9090/-/healthy"
+        return stack.first("monitor").check_output(ask) == "401"
+    nodes = stack.group("redis")
+    user = name.removeprefix("redis_")
+    return all("NOAUTH" in stack.redis("PING", user=user, password=old[name], node=node) for node in nodes)
+
+
+def test_everything_is_replaced_at_once_by_a_run_that_is_interrupted(
+    stack: Stack, replaced: dict[str, str]
 ) -> None:
     """As on a controller that was lost with its credentials."""
-    primary, failovers, old = stack.primary(), epochs(stack), dict(stack.secrets)
     stack.credentials_file.rename(stack.credentials_file.with_name("credentials.before"))
     try:
-        interrupted(
-            stack, "redis : Run Redis on the other replicas", "site.yml", "-e", "credentials_replace=true"
-        )
-        stack.playbook("site.yml")
+        run(stack, "-e", "credentials_replace=true", until="redis : Run Redis on the other replicas")
+        run(stack)
     finally:
         if not stack.credentials_file.exists():
             stack.credentials_file.with_name("credentials.before").rename(stack.credentials_file)
-        stack.__dict__.pop("secrets")
-    assert not {name for name, value in stack.secrets.items() if value == old.get(name)}
-    assert published() > 100
-    assert stack.first("app").check_output(f"hothouse-run python -c {quote(UNFINISHED)} <{LOG}") == ""
-    for user in USERS:
-        assert "NOAUTH" in stack.redis("PING", user=user, password=old[f"redis_{user}"])
-    for node in stack.group("redis"):
-        assert "NOAUTH" in stack.redis("PING", password=old["redis_admin"], node=node)
-    assert stack.request("/flower/", stack.login).status == 200
-    wait(lambda: set(stack.refusals()) == set(), "nobody who comes with an old password", 30)
-    # A failover begins another epoch.
-    assert (stack.primary(), epochs(stack)) == (primary, failovers)
+    assert changed(stack, replaced) == set(replaced)
+    assert all(is_refused(stack, replaced, f"redis_{user}") for user in USERS)
+
+
+@pytest.mark.parametrize("name", [*(f"redis_{user}" for user in USERS), "monitor", "flower_password"])
+def test_a_password_is_replaced_alone(stack: Stack, replaced: dict[str, str], name: str) -> None:
+    edit(stack, name)
+    run(stack)
+    assert changed(stack, replaced) == {name}
+    assert is_refused(stack, replaced, name)
+
+
+def test_the_authority_is_replaced_in_two_steps(stack: Stack, replaced: dict[str, str]) -> None:
+    """With it the certificate of every host: shown without a restart, and what was connected stays."""
+    watched = {
+        host: [unit for unit in ("haproxy", "nginx", "prometheus", "redis-server")
+               if stack.host(host).run(f"systemctl is-active {unit}").rc == 0]
+        for host in stack.variables
+    }  # fmt: skip
+
+    def started() -> dict[str, str]:
+        return {
+            host: stack.host(host).check_output(f"systemctl show -p Id,MainPID,NRestarts {' '.join(units)}")
+            for host, units in watched.items()
+        }
+
+    worker = stack.host(stack.group("worker")[0])
+    worker.check_output(f"systemd-run --unit={HOLDER} python3 -c {quote(HOLD)}")
+    before, pids = serials(stack), started()
+    try:
+        edit(stack, "ca_certificate=ca_certificate_old", "ca_key")
+        run(stack, until="haproxy : ")
+        run(stack)
+        assert not set(serials(stack).values()) & set(before.values())
+        edit(stack, "ca_certificate_old")
+        run(stack)
+        assert started() == pids
+        assert worker.check_output(f"systemctl is-active {HOLDER}") == "active"
+    finally:
+        worker.run(f"systemctl stop {HOLDER}; systemctl reset-failed {HOLDER}")
+    assert changed(stack, replaced) == {name for name in replaced if name.endswith("_key")}
+    for host in stack.variables:
+        assert stack.host(host).file("/etc/hothouse/tls/ca.crt").content_string.count("BEGIN") == 1, host

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from conftest import Stack
 
-SCENARIOS = ("prod",)
+pytestmark = pytest.mark.scenarios("prod")
 LOCK = "/run/hothouse-run"
 OTHER = "0123456789abcdef"
 
@@ -73,6 +73,11 @@ def dead_host(stack: Stack) -> Iterator[str]:
     subprocess.run(["podman", "stop", container], check=True, capture_output=True)
     yield name
     subprocess.run(["podman", "start", container], check=True, capture_output=True)
+    up = ["ansible.builtin.wait_for_connection", "-a", "timeout=60"]
+    subprocess.run(
+        ["ansible", *stack.inventory_options, name, "-m", *up],
+        env=stack.environment, check=True, capture_output=True,
+    )  # fmt: skip
     command = ["podman", "exec", container, "systemctl", "is-system-running", "--wait"]
     subprocess.run(command, check=False, capture_output=True)  # degraded has the exit status 1
 

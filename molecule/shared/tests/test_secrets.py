@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from conftest import Stack
 
 
@@ -84,6 +85,8 @@ def test_flower_shows_no_secret_to_those_who_are_logged_in(stack: Stack) -> None
             assert text not in answer.body, path
 
 
+# The one has every file of several hosts, the other secrets of an application.
+@pytest.mark.scenarios("prod", "own-app")
 def test_ansible_prints_no_secret_however_verbose(stack: Stack, wait: Callable[..., Any]) -> None:
     """A run that writes every secret again, with -vvv and --diff; and it heals what was removed."""
     for name in stack.variables:

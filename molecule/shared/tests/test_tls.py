@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 from conftest import Stack
 from testssl import findings
 
-SCENARIOS = ("staging",)
+pytestmark = pytest.mark.scenarios("staging")
 
 
 def test_nginx_offers_no_weak_tls(stack: Stack) -> None:
