@@ -90,6 +90,18 @@ TEXTS = st.one_of(
     ),
     st.sampled_from(["trials.unknown", "celery.chain", "celery.backend_cleanup", "base64", "utf-16"]),
 )
+
+
+def typed(kind: str, value: Any) -> dict[str, Any]:
+    """As kombu writes what JSON has no type for."""
+    return {"__type__": kind, "__value__": value}
+
+
+TYPED = st.builds(
+    typed,
+    st.sampled_from(["datetime", "date", "decimal", "uuid", "bytes", "base64", "zzz"]),
+    st.sampled_from(["2026-01-01", "1.5", "text", 5, {"hex": "1" * 32, "version": 4}]),
+)
 SCALARS = st.one_of(
     st.none(),
     st.booleans(),
@@ -97,6 +109,7 @@ SCALARS = st.one_of(
     st.sampled_from([-1, 0, 30, 2**63, 10**400]),
     st.floats(),
     TEXTS,
+    TYPED,
 )
 VALUES = st.recursive(
     SCALARS,

@@ -143,6 +143,13 @@ NAMED = {
     "task-two-lines": ("headers", "task", "a\nb", "no usable name"),
     "id-object": ("headers", "id", {}, "its id is no text, but {}"),
     "id-number": ("headers", "id", 5, "its id is no text, but 5"),
+    "id-uuid": (
+        "headers",
+        "id",
+        oddities.typed("uuid", {"hex": "1" * 32, "version": 4}),
+        "no text, but UUID(",
+    ),
+    "eta-date": ("headers", "eta", oddities.typed("date", "2026-01-01"), "invalid ETA value datetime.date"),
     "eta": ("headers", "eta", "soon", "invalid ETA value 'soon'"),
     "eta-zero": ("headers", "eta", 0, "eta is 0, and has to be a time"),
     "eta-out-of-range": ("headers", "eta", "0001-01-01T00:00:00+14:00", "out of range"),

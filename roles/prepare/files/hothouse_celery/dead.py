@@ -15,6 +15,7 @@ import hothouse_transport
 from celery import Celery
 from hothouse_transport.messages import dead_letter_of, is_name
 from hothouse_transport.names import unusable
+from kombu.utils.json import dumps
 from redis import Redis, ResponseError
 from redis.backoff import NoBackoff
 from redis.retry import Retry
@@ -81,7 +82,7 @@ def push(app: Celery, raw: Any, queue: str | None, reason: str, runs: int = 0, u
     """Add a message to a list, of which kombu's own transport holds the original."""
     letter = dead_letter_of(raw, queue, reason, runs)
     try:
-        entry = json.dumps(letter)
+        entry = dumps(letter)  # kombu has read it, dates and the like among its headers as well
     except RecursionError:  # it was read, which has another limit than writing
         entry = json.dumps({**letter, "message": None, "reason": f"{reason}; nested too deep to be kept"})
     with client(app) as redis, redis.pipeline(transaction=True) as steps:
