@@ -364,8 +364,10 @@ def test_what_several_put_back_at_once_is_in_its_queue_once(operator: Redis) -> 
     with ThreadPoolExecutor(4) as pool:
         done = list(pool.map(lambda _: dead_letters("--requeue", "--all"), range(4)))
     queued = [json.loads(entry)["headers"]["id"] for entry in operator.admin.lrange("q:trials", 0, -1)]
-    assert sorted(queued) == sorted(names) == sorted(
-        name for _, settled, _ in done for name in settled if name != "there is none"
+    assert (
+        sorted(queued)
+        == sorted(names)
+        == sorted(name for _, settled, _ in done for name in settled if name != "there is none")
     )
     assert not operator.admin.exists("q:dead-letter")
     print("settled by each:", [len(settled) for _, settled, _ in done])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -15,7 +16,7 @@ import pytest
 from conftest import Redis, wait_until
 from hosts import celery, python, send
 from test_hothouse_worker import Manager, manager, set_settings, shim, words
-from trials import ODD
+from trials import ENDS, ODD
 
 __all__ = ("manager", "shim")
 
@@ -128,7 +129,12 @@ def test_processes_that_are_killed_while_they_answer_hold_no_worker(shim: Redis,
 @pytest.mark.parametrize("pool", POOLS)
 def test_what_cannot_be_told_ends_and_holds_no_worker(shim: Redis, tmp_path: Path, pool: str) -> None:
     """Neither is lost what comes after it."""
-    set_settings(tmp_path, result_backend=shim.admin_url)
+    options = json.loads((tmp_path / "celery.json").read_text())["broker_transport_options"]
+    set_settings(
+        tmp_path,
+        result_backend=shim.admin_url,
+        broker_transport_options=options | {"max_deliveries": 2},
+    )
     log = tmp_path / "worker.log"
     kinds = [("odd", [kind]) for kind in ODD] + [("give_up", ["exit"]), ("give_up", ["interrupt"])]
     with celery(log, *words(pool), REMAP_SIGTERM="SIGQUIT") as process:
@@ -141,6 +147,44 @@ def test_what_cannot_be_told_ends_and_holds_no_worker(shim: Redis, tmp_path: Pat
     tasks = {json.loads(entry)["task"] for entry in shim.admin.lrange("q:dead-letter", 0, -1)}
     assert tasks == {"trials.odd" if pool == "prefork" else "trials.give_up"}
     shim.admin.delete(*shim.admin.keys("celery-task-meta-*"))
+
+
+HOOKS = """
+from hothouse_celery import app
+app.tasks['trials.hang'].apply_async(link_error=app.tasks['trials.errback'].s())
+for kind in ('exit', 'value'): app.tasks['trials.hang_hooked'].delay(kind)
+"""
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_what_ends_whoever_handles_it_ends_no_worker_and_counts(
+    shim: Redis, tmp_path: Path, pool: str
+) -> None:
+    """Whether it is raised as such, by an exception that is read or shown, or by what Celery calls after a task."""
+    options = json.loads((tmp_path / "celery.json").read_text())["broker_transport_options"]
+    set_settings(tmp_path, broker_transport_options=options | {"max_deliveries": 1})
+    log = tmp_path / "worker.log"
+    ends = [[how, end] for how in ("raised", "read", "becomes", "shown") for end in range(len(ENDS))]
+    with celery(log, *words(pool), "--concurrency=8", REMAP_SIGTERM="SIGQUIT") as process:
+        send(*(("end", list(end)) for end in ends), ("deny", ["no class"]), ("deny", ["no attributes"]))
+        if pool == "prefork":  # a hard time limit, after which the worker's main process calls hooks
+            assert not python("-c", HOOKS).returncode
+        send(*[("say", ["after it"])] * len(ends))
+        wait_until(
+            lambda: (
+                process.poll() is not None
+                or not shim.admin.exists("q:trials", "q:unacked", "q:unacked_index")
+            ),
+            60,
+        )
+        assert process.poll() is None
+        stop(process, 0)
+    text = log.read_text()
+    assert text.count("ready.") == 1 and text.count("said after it") == len(ends)
+    reasons = [json.loads(entry)["reason"] for entry in shim.admin.lrange("q:dead-letter", 0, -1)]
+    after = set(re.findall(r"What follows (trials.hang\w*)", text))
+    assert after == ({"trials.hang", "trials.hang_hooked"} if pool == "prefork" else set())
+    assert len(reasons) >= 2 and all("its process died in each of 1 runs" in reason for reason in reasons)
 
 
 def test_a_process_that_is_killed_while_its_worker_stops_counts(shim: Redis, tmp_path: Path) -> None:

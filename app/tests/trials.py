@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import redis
-from celery import Celery
+from celery import Celery, Task
+from celery.exceptions import WorkerShutdown
 from celery.signals import task_received
 from celery.utils.log import get_task_logger
 
@@ -196,9 +197,77 @@ def give_up(kind: str) -> None:
     raise {"exit": SystemExit, "interrupt": KeyboardInterrupt}[kind](lambda: None)
 
 
+ENDS = [SystemExit, GeneratorExit, WorkerShutdown]
+
+
+class Ending(Exception):
+    """Does no harm where it is raised. Elsewhere it ends the process that reads it or shows it, or is what does."""
+
+    def __init__(self, how: str, end: int) -> None:
+        super().__init__("odd")
+        self.how, self.end = how, end
+
+    def __repr__(self) -> str:
+        if self.how == "shown":
+            raise ENDS[self.end]
+        return "an Ending"
+
+    __str__ = __repr__
+
+    def __reduce__(self) -> Any:
+        return arrive, (os.getpid(), self.how, self.end)
+
+
+def arrive(process: int, how: str, end: int) -> BaseException:
+    if os.getpid() != process:
+        if how == "read":
+            raise ENDS[end]
+        if how == "becomes":
+            return ENDS[end]()
+    return Ending(how, end)
+
+
+@app.task
+def end(how: str, number: int) -> None:
+    """Raise what ends processes, or an exception that does so later."""
+    raise ENDS[number] if how == "raised" else Ending(how, number)
+
+
+class Unreadable(Exception):
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError("this has no attributes")
+
+
+class NoClass(Exception):
+    @property
+    def __class__(self) -> Any:
+        raise RuntimeError("this is nothing")
+
+
+@app.task
+def deny(kind: str) -> None:
+    """Raise what cannot even be looked at."""
+    raise {"no attributes": Unreadable, "no class": NoClass}[kind]
+
+
 @app.task(time_limit=1)
 def hang() -> None:
     time.sleep(60)
+
+
+class Hooked(Task):
+    def on_failure(self, exc: Any, task_id: str, args: Any, kwargs: Any, einfo: Any) -> None:
+        raise {"exit": SystemExit, "value": ValueError}[args[0]]
+
+
+@app.task(base=Hooked, time_limit=1)
+def hang_hooked(kind: str) -> None:
+    time.sleep(60)
+
+
+@app.task
+def errback(_request: Any, _error: Any, _traceback: Any) -> None:
+    raise SystemExit(1)
 
 
 @app.task

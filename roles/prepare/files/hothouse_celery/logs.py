@@ -14,6 +14,7 @@ from celery import signals
 from celery._state import get_current_task
 from celery.exceptions import TimeLimitExceeded, WorkerLostError
 from celery.utils.log import ColorFormatter, get_multiprocessing_logger
+from kombu.utils.encoding import safe_repr
 
 # journald takes the priority of a line from its beginning (sd-daemon(3)) and cuts a line at 48 KiB (LineMax).
 PRIORITIES = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2}
@@ -66,11 +67,19 @@ class Logfmt(logging.Formatter):
             fields = {"event": "log", **task_of(record.name, message, error)}
             fields |= parsed(message) or {"logger": record.name, "message": message}
         if record.exc_info and error:
-            fields.setdefault("exception", repr(error))
+            fields.setdefault("exception", said(error))
             fields["traceback"] = self.formatException(record.exc_info)
         if record.stack_info:
             fields["stack"] = self.formatStack(record.stack_info)
         return fields
+
+
+def said(error: BaseException) -> str:
+    """What an exception says of itself, also if that raises another one, be it one that ends processes."""
+    try:
+        return safe_repr(error)
+    except BaseException:
+        return f"{type(error).__name__}, which cannot be shown"
 
 
 def task_fields(data: Mapping[str, Any]) -> dict[str, str]:

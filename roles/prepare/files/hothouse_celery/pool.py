@@ -22,7 +22,7 @@ class ResultHandler(asynpool.ResultHandler):
         def load(stream: IO[bytes]) -> Any:
             try:
                 return pickle.load(stream)
-            except Exception as error:
+            except BaseException as error:  # also what would end this process
                 logger.error(
                     "What a task raised cannot be read outside of its process, which is ended: %r", error
                 )

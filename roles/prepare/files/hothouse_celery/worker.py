@@ -4,10 +4,11 @@ ends in bounded time.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import hothouse_transport
@@ -15,16 +16,16 @@ from billiard.einfo import ExceptionInfo, ExceptionWithTraceback
 from celery.app.trace import TraceInfo
 from celery.bootsteps import RUN
 from celery.concurrency import prefork, solo
-from celery.exceptions import TaskRevokedError, WorkerLostError, WorkerShutdown, WorkerTerminate
+from celery.exceptions import TaskRevokedError, WorkerLostError, WorkerTerminate
 from celery.utils.log import get_logger
 from celery.worker import state
 from celery.worker.state import task_ready
 from hothouse_transport.messages import losses_of
 from kombu.exceptions import OperationalError
-from kombu.utils.encoding import safe_repr
 from redis import Redis, RedisError
 
 from hothouse_celery import credential, dead, messages, notify_systemd, pool, stop
+from hothouse_celery.logs import said
 
 logger = get_logger(__name__)
 
@@ -42,14 +43,15 @@ def answering(target: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         try:
             return target(*args, **kwargs)
-        except (WorkerShutdown, WorkerTerminate):
-            raise
-        except (SystemExit, KeyboardInterrupt, MemoryError) as error:
-            # What would end the process of a pool that has some.
-            return 1, lost_process(error), 0.0
         except BaseException as error:
-            logger.error("What surrounds a task failed: %r", error)
-            return 1, ExceptionInfo(), 0.0
+            kind = type(error)  # what it says of itself may raise as well
+            if issubclass(kind, WorkerTerminate) and stop.begun.is_set():
+                raise  # the stop ends the task
+            if issubclass(kind, SystemExit | KeyboardInterrupt | MemoryError):
+                # What would end the process of a pool that has some.
+                return 1, lost_process(error), 0.0
+            logger.error("What surrounds a task failed: %s", said(error))
+            return 1, raised(error), 0.0
 
     return run
 
@@ -69,12 +71,25 @@ prefork.TaskPool.Pool = pool.Pool
 handle, TraceInfo.handle_error_state = TraceInfo.handle_error_state, handle_error_state
 
 
+def raised(error: BaseException) -> ExceptionInfo:
+    """The exception that is handled now, or its text if it cannot be told."""
+    try:
+        return ExceptionInfo()
+    except BaseException:
+        return told(RuntimeError(said(error)))
+
+
+def told(error: BaseException) -> ExceptionInfo:
+    """An exception instead of the one that is handled now."""
+    try:
+        raise error from None
+    except BaseException:
+        return ExceptionInfo()
+
+
 def lost_process(error: BaseException) -> ExceptionInfo:
     """What a task's process has died of."""
-    try:
-        raise WorkerLostError(safe_repr(error))
-    except WorkerLostError:
-        return ExceptionInfo()
+    return told(WorkerLostError(said(error)))
 
 
 class Consumer(messages.Consumer):
@@ -90,6 +105,9 @@ class Consumer(messages.Consumer):
                 raise TaskRevokedError()
             if not isinstance(self.pool, prefork.TaskPool):
                 target = answering(self.stopping.in_task()(target))
+            request = options["callback"].__self__
+            if isinstance(request, Request):  # and not of a class of the application's own
+                options["callback"] = request.on_answer
             return apply(target, *rest, **options)
 
         self.pool.apply_async = apply_async
@@ -132,10 +150,41 @@ class Request(messages.Request):
         """With the task's name each time, for who did not hear of its beginning."""
         super().send_event(type, **{"name": self.name, **fields})
 
+    def on_answer(self, answer: tuple[Any, Any, float], **kwargs: Any) -> None:
+        """Celery's on_success(), which would raise here what ends a process."""
+        failed, value, _ = answer
+        if failed:
+            self.on_failure(value, return_ok=True)
+        else:
+            with self.answered():
+                self.on_success(answer, **kwargs)
+
+    def on_timeout(self, soft: bool, timeout: float) -> Any:
+        with self.answered():
+            return super().on_timeout(soft, timeout)
+
+    @contextlib.contextmanager
+    def answered(self, lost: bool = False) -> Iterator[None]:
+        """Whatever goes wrong after a task, as in a hook or an errback, ends no worker, and its message is settled.
+
+        The message of a task that lost its process comes back instead, after the visibility timeout.
+        """
+        try:
+            yield
+        except BaseException as error:
+            logger.error("What follows %s[%s] failed: %s", self.name, self.id, said(error), exc_info=True)
+            if not self.task.acks_late or self.acknowledged:
+                pass
+            elif lost:
+                self.let_go()
+            else:
+                self.acknowledge()
+
     def on_failure(self, exc_info: Any, send_failed_event: bool = True, return_ok: bool = False) -> Any:
         if isinstance(plain(exc_info.exception), MemoryError):  # Celery would raise it again here
             exc_info = lost_process(plain(exc_info.exception))
-        if self.again() and self.lost(exc_info.exception):
+        lost = self.again() and self.lost(exc_info.exception)
+        if lost:
             try:
                 exc_info = self.count(exc_info)
             except (RedisError, OperationalError) as error:
@@ -145,7 +194,8 @@ class Request(messages.Request):
                 task_ready(self)
                 self.let_go()
                 return None
-        return super().on_failure(exc_info, send_failed_event=send_failed_event, return_ok=return_ok)
+        with self.answered(lost):
+            return super().on_failure(exc_info, send_failed_event=send_failed_event, return_ok=return_ok)
 
     def let_go(self) -> None:
         """Renew the hold on the message no longer. kombu's own transport never does."""
@@ -181,12 +231,9 @@ class Request(messages.Request):
         if runs < most:
             self._context.headers = {**earlier, "losses": runs}
             return exc_info
-        reason = f"its process died in each of {runs} runs: {safe_repr(plain(exc_info.exception))}"
+        reason = f"its process died in each of {runs} runs: {said(plain(exc_info.exception))}"
         dead.bury(self.app, self._message, reason, runs)
-        try:
-            raise PoisonTask(reason)
-        except PoisonTask:
-            return ExceptionInfo()
+        return told(PoisonTask(reason))
 
 
 def plain(error: Any) -> Any:
