@@ -34,6 +34,25 @@ class Often(crontab):
         return schedule(1.0, app=self.app).remaining_estimate(last_run_at)
 
 
+class Failing(schedule):
+    """Right when it is looked at for the first time."""
+
+    failures: Any = iter([])
+
+    def is_due(self, last_run_at: datetime) -> Any:
+        return next(self.failures)(super().is_due(last_run_at))
+
+
+class OnceRight(Failing):
+    failures = iter([lambda right: right, *[lambda _: exit(3)] * 3, *[lambda _: 1 / 0] * 999])
+
+
+class Odd(Failing):
+    def __init__(self, answer: Any) -> None:
+        super().__init__(1.0)
+        self.failures = iter([lambda _: answer() if callable(answer) else answer] * 999)
+
+
 def now() -> datetime:
     return datetime.now(UTC)
 
@@ -74,7 +93,13 @@ GOOD: dict[str, dict[str, Any]] = {
     "nowfun": entry(schedule(1.0, nowfun=now), 1),
     "own class": entry(Often(), 1),
     "rrule": entry(rrule("SECONDLY"), 1),
+    "task_id": entry(1.0, 1, options={"task_id": "always-this"}),
     "hours as a set": entry(crontab(minute=set(range(60))), 1),
+}
+# Good, and never sent.
+NEVER: dict[str, dict[str, Any]] = {
+    "ended": entry(rrule("DAILY", dtstart=datetime(2020, 1, 1), count=1), 1),
+    "fails later": entry(OnceRight(1.0), 1),
 }
 BAD: dict[Any, Any] = {
     "a set": entry(1.0, {1, 2}),
@@ -90,6 +115,23 @@ BAD: dict[Any, Any] = {
     "a text": entry("every minute", 1),
     "a misspelled field": entry(1.0, 1, argss=(1,)),
     "serializer": entry(1.0, 1, options={"serializer": "none"}),
+    "compression": entry(1.0, 1, options={"compression": "none"}),
+    "headers": entry(1.0, 1, options={"headers": [1]}),
+    "a header": entry(1.0, 1, options={"headers": {"timelimit": 30}}),
+    "eta as a text": entry(1.0, 1, options={"eta": "soon"}),
+    "expires as a text": entry(1.0, 1, options={"expires": "soon"}),
+    "time limit": entry(1.0, 1, options={"time_limit": "5"}),
+    "link": entry(1.0, 1, options={"link": 5, "chord": 5}),
+    "id": entry(1.0, 1, options={"task_id": 5}),
+    "producer": entry(1.0, 1, options={"producer": None}),
+    "pickle": entry(1.0, 1, task="take.pickle"),
+    "is_due raises": entry(Odd(lambda: 1 / 0), 1),
+    "is_due ends": entry(Odd(exit), 1),
+    "is_due is none": entry(Odd(None), 1),
+    "is_due is odd": entry(Odd("no"), 1),
+    "never a number": entry(Odd((True, float("nan"))), 1),
+    "last run": entry(1.0, 1, last_run_at="yesterday"),
+    "\ud800": entry(1.0, 1),
     ":schedule": entry(1.0, 1),
     "slot:1": entry(1.0, 1),
     "schedulers": entry(1.0, 1),
@@ -98,4 +140,4 @@ BAD: dict[Any, Any] = {
     "loop": entry(1.0, (loop := [])),
 }
 loop.append(loop)
-app.conf.beat_schedule = GOOD | (BAD if os.environ.get("BAD") else {})
+app.conf.beat_schedule = GOOD | NEVER | (BAD if os.environ.get("BAD") else {})

@@ -285,6 +285,7 @@ def test_beat_sends_what_a_message_can_hold_and_bad_entries_keep_none_from_being
     for name, text in wanted.items():
         assert any(body.startswith(text) for body, _ in sent), name
     assert any(headers["expires"] for _, headers in sent)
+    assert "The schedule of 'fails later' fails" in (tmp_path / "one.log").read_text()
     assert ("is not sent" in (tmp_path / "one.log").read_text()) is bool(bad)
 
 

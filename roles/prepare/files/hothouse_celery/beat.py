@@ -116,14 +116,18 @@ class Scheduler(RedBeatScheduler):
         return leading
 
     def maybe_due(self, entry: Any, **options: Any) -> float:
-        is_due, pause = entry.is_due()
-        if is_due:
-            try:
+        try:
+            is_due, pause = entry.is_due()
+            if is_due:
                 self.apply_async(entry, **options)
-            except SchedulingError as error:
-                logger.error("Scheduler: Could not send, trying again: %s", error)
-                return STANDBY_SECONDS
-        return float(pause)
+            return float(self.max_interval if pause is None else pause)
+        except RedisError:
+            raise
+        except SchedulingError as error:
+            logger.error("Scheduler: Could not send, trying again: %s", error)
+        except (Exception, SystemExit) as error:  # whatever a schedule of the application's own raises
+            logger.error("Scheduler: The schedule of %r fails, trying again: %r", entry.name, error)
+        return STANDBY_SECONDS
 
     def apply_async(self, entry: Any, producer: Any = None, advance: bool = True, **options: Any) -> Any:
         """Send an entry that is due, unless somebody else does. Only then is it noted in the entry.

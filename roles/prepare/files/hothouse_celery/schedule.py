@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
+from types import NoneType
 from typing import Any
 
 from celery import Celery
 from celery.beat import ScheduleEntry
 from celery.schedules import BaseSchedule, crontab
 from celery.schedules import schedule as celery_schedule
+from celery.utils.time import maybe_iso8601
+from kombu.compression import compress
+from kombu.message import Message
 from kombu.serialization import dumps as serialize
+from kombu.serialization import prepare_accept_content
 from kombu.utils.json import JSONEncoder, object_hook
 from redbeat.decoder import RedBeatJSONDecoder, RedBeatJSONEncoder
 from redbeat.schedulers import RedBeatSchedulerEntry, ensure_conf, get_redis
+
+from hothouse_celery import messages
 
 # What stands in Redis for a schedule that RedBeat cannot write down: with `nowfun`, of the sun, an rrule, a class of
 # the application's own. Every beat has the object itself.
@@ -134,11 +143,17 @@ def meta(entry: Any, **fields: Any) -> str:
 def refusals(app: Celery) -> dict[Any, str]:
     """The entries of the application's schedule that cannot be stored, or not be sent when they are due, and why."""
     ensure_conf(app)
-    found = {}
-    for name, given in (app.conf.beat_schedule or {}).items():
+    found: dict[Any, str] = {}
+    schedule = app.conf.beat_schedule or {}
+    if not isinstance(schedule, Mapping):
+        return {"beat_schedule": f"it has to be a mapping of names to entries, and is {schedule!r}"}
+    for name, given in schedule.items():
         try:
             reason = refusal(app, name, given)
-        except Exception as error:  # whatever a type or a schedule of the application's own raises
+        except (
+            Exception,
+            SystemExit,
+        ) as error:  # whatever a type or a schedule of the application's own raises
             reason = f"{type(error).__name__}: {error}"
         if reason:
             found[name] = reason
@@ -146,7 +161,7 @@ def refusals(app: Celery) -> dict[Any, str]:
 
 
 def refusal(app: Celery, name: Any, given: Any) -> str | None:
-    if not isinstance(name, str) or name.startswith((":", "slot:")) or name in ("", "schedulers"):
+    if not messages.text(name) or name.startswith((":", "slot:")) or name in ("", "schedulers"):
         return "this name cannot be a key of RedBeat; give it another one"
     fields = dict(given) if not isinstance(given, ScheduleEntry) else dict(vars(given))
     if unknown := fields.keys() - inspect.signature(RedBeatSchedulerEntry).parameters.keys() - {
@@ -156,16 +171,42 @@ def refusal(app: Celery, name: Any, given: Any) -> str | None:
         return f"its schedule is {fields.get('schedule')!r}: give seconds, a timedelta or a schedule such as crontab()"
     entry = Entry(**{**fields, "name": name, "app": app})
     found = decode(encode(entry.definition))
-    entry.schedule.remaining_estimate(entry.schedule.now())
+    meta(entry)
+    pause = entry.is_due()[1]
+    # No pause is what an rrule says that has ended.
+    if not isinstance(pause, int | float | NoneType) or not math.isfinite((pause or 0) + entry.score):
+        return f"its schedule cannot tell when it is due next, but says {pause!r}"
     task = app.tasks.get(entry.task)
     if task is None:
         return f"it sends the task {entry.task!r}, which this release does not have"
-    arguments, keywords, options = found["args"] or (), found["kwargs"] or {}, found["options"]
+    return message_refusal(app, task, found["args"] or (), found["kwargs"] or {}, found["options"])
+
+
+def message_refusal(
+    app: Celery, task: Any, arguments: Any, keywords: Any, options: dict[str, Any]
+) -> str | None:
+    """Why a message with these arguments and options could not be made, or be run by no worker."""
     if task.typing:
         task.__header__(*arguments, **keywords)
-    known = inspect.signature(app.amqp.create_task_message).parameters
-    message = app.amqp.create_task_message(
-        name, entry.task, arguments, keywords, **{key: options[key] for key in options.keys() & known.keys()}
-    )
-    serialize(message.body, options.get("serializer") or task.serializer)
+    known = inspect.signature(app.amqp.create_task_message).parameters.keys() - {"task_id"}
+    if taken := options.keys() & {"name", "args", "kwargs", "producer", "connection", "self"}:
+        return f"its options have {min(taken)!r}, which an entry cannot set"
+    made = app.amqp.create_task_message(
+        options.get("task_id", "an id"), task.name, arguments, keywords,
+        **{key: options[key] for key in options.keys() & known},
+    )  # fmt: skip
+    kind, encoding, body = serialize(made.body, options.get("serializer") or task.serializer)
+    if compression := options.get("compression"):
+        compress(body, compression)
+    headers = {**made.headers, **(options.get("headers") or {})}
+    for moment in ("eta", "expires"):
+        maybe_iso8601(headers.get(moment))
+    message = Message(
+        body, content_type=kind, content_encoding=encoding, headers=headers,
+        accept=prepare_accept_content(app.conf.accept_content),
+    )  # fmt: skip
+    try:
+        messages.check(app, message)
+    except messages.Unfit as reason:
+        return f"no worker can run its message: {reason}"
     return None
