@@ -547,3 +547,45 @@ def test_a_loss_that_could_not_be_noted_leaves_the_message_to_the_others(
         wait_until(lambda: "event=succeeded" in log.read_text(), 30)
     assert "Could not note that" in log.read_text()
     assert len(runs.read_text().splitlines()) == 2
+
+
+def control(method: str = "ping", **parts: Any) -> dict[str, Any]:
+    """A command of remote control, with some parts of the message replaced."""
+    call = {"method": method, "arguments": {}, "destination": None, "pattern": None, "matcher": None}
+    properties = {"delivery_mode": 2, "delivery_info": {"exchange": "celery.pidbox"}, "delivery_tag": "tag"}
+    whole = {"body": json.dumps(call), "content-type": "application/json", "content-encoding": "utf-8"}
+    return {**whole, "headers": {"clock": 1}, "properties": properties, **parts}
+
+
+@pytest.mark.parametrize("pool", ["prefork", "solo"])
+def test_commands_that_make_no_sense_end_no_worker(shim: Redis, tmp_path: Path, pool: str) -> None:
+    """Neither what is no message at all, nor names that no queue can have."""
+    log = tmp_path / "worker.log"
+    odd = ["5", "null", "true", "[1]", '"x"', "{}", "{", b"\xff", 5000 * "9", 100_000 * "[", 5000 * '{"a":']
+    for name in control():
+        for value in (None, 5, "text", [1], {}, {"clock": "x"}, {"body_encoding": "x"}):
+            odd.append(json.dumps(control(**{name: value})))
+    queues = ["a b", "unacked", "", 5, {"a": 1}, "\ud800"]
+    code = (
+        "from hothouse_celery import app; import sys, json\n"
+        "for name in json.load(sys.stdin):\n"
+        "    for command in ('add_consumer', 'cancel_consumer'):\n"
+        "        app.control.broadcast(command, arguments={'queue': name})\n"
+        "app.control.add_consumer('other', exchange=5, exchange_type='none')"
+    )
+    with celery(log, *words(pool)) as process:
+        wait_until(lambda: log.exists() and "ready." in log.read_text() and shim.admin.pubsub_numpat(), 60)
+        for text in odd:
+            wait_until(
+                lambda text=text: process.poll() is not None or shim.admin.publish("q:/0.celery.pidbox", text)
+            )
+        assert not python("-c", code, input=json.dumps(queues)).returncode
+        wait_until(
+            lambda: process.poll() is not None or "The queue 'other' is not consumed" in log.read_text()
+        )
+        for client in shim.admin.client_list():
+            if client["name"] == "" and client["cmd"] != "client|list":
+                shim.admin.client_kill_filter(_id=client["id"], skipme=True)
+        send(("say", ["after it"]))
+        wait_until(lambda: process.poll() is not None or "said after it" in log.read_text())
+        assert process.poll() is None

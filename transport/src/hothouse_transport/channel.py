@@ -696,6 +696,16 @@ class Channel(stock.Channel):
                 self.qos.append(message, message.delivery_tag)
             return message
 
+    def _receive_one(self, client: Any) -> Any:
+        """Take what was told to all: control messages and events. One that makes no sense ends no consumer."""
+        try:
+            return super()._receive_one(client)
+        except (Empty, *self.connection_errors):
+            raise
+        except Exception as error:
+            logger.error("A message to all cannot be read, it is left out: %r", error)
+            raise Empty() from None
+
     def credit(self) -> None:
         """A message was settled. If another thread's event loop sleeps, it may now ask for more."""
         connection = self.connection

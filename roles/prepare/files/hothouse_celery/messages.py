@@ -272,6 +272,25 @@ class Consumer(celery.worker.consumer.Consumer):
 
         self.pool.apply_async = apply_async
 
+    def add_task_queue(self, queue: Any, *args: Any, **options: Any) -> None:
+        """By remote control, as well as cancel_task_queue. What cannot be the name of a queue ends no worker."""
+        try:
+            super().add_task_queue(queue, *args, **options)
+        except self.connection_errors:
+            raise
+        except Exception as error:
+            logger.error("The queue %r is not consumed: %r", queue, error)
+            if isinstance(queue, str):
+                self.app.amqp.queues.consume_from.pop(queue, None)
+
+    def cancel_task_queue(self, queue: Any) -> None:
+        try:
+            super().cancel_task_queue(queue)
+        except self.connection_errors:
+            raise
+        except Exception as error:
+            logger.error("The queue %r is not given up: %r", queue, error)
+
     def connect(self) -> Any:
         connection = super().connect()
         if connection.transport_cls.startswith(("redis", "sentinel")):
