@@ -28,7 +28,7 @@ def publish(run: Run, tasks: dict[str, str]) -> dict[str, str]:
     return dict(
         done(
             run(
-                f"import json\nfrom celery import group\nfrom canvas import add, app\nids = {{}}\n{lines}\nprint(json.dumps(ids))"
+                f"import json, uuid\nfrom celery import group\nfrom canvas import add, app\nids = {{}}\n{lines}\nprint(json.dumps(ids))"
             )
         )
     )
@@ -51,6 +51,8 @@ WAYS = {
     "kill": "app.control.revoke(ids['kill'], terminate=True, signal='SIGKILL')",
     "result": "app.AsyncResult(ids['result']).revoke()",
     "group": "GroupResult('a-group', [app.AsyncResult(ids['group'])], app=app).revoke()",
+    "with others": "app.control.revoke([uuid.UUID(int=1), ids['with others']])",
+    "typed stamp": "app.control.revoke_by_stamped_headers({'order': [uuid.UUID(int=2), 'x']})",
     "stamp": "app.control.revoke_by_stamped_headers({'customer': ['x', 'y']})",
     "broadcast": "app.control.broadcast('revoke', arguments={'task_id': ids['broadcast']})",
 }
@@ -70,6 +72,7 @@ def test_what_was_revoked_does_not_run_on_a_worker_that_starts_later(
     account(deployment, "app", redis_app_may_control=True)
     tasks = {name: "add.delay(1).id" for name in (*WAYS, "good", "cli", "flower", "foreign")}
     tasks["stamp"] = "add.s(1).set(stamped_headers=['customer'], customer=['z', 'x']).delay().id"
+    tasks["typed stamp"] = "add.s(1).set(stamped_headers=['order'], order=[uuid.UUID(int=2)]).delay().id"
     tasks["delayed"] = "add.apply_async((1,), countdown=3 * 24 * 3600).id"
     ids = publish(run, tasks)
     log = tmp_path / "early.log"
@@ -77,7 +80,7 @@ def test_what_was_revoked_does_not_run_on_a_worker_that_starts_later(
     def revoke() -> None:
         code = "; ".join(
             [
-                "import json; from celery.result import GroupResult; from canvas import app",
+                "import json, uuid; from celery.result import GroupResult; from canvas import app",
                 f"ids = {ids!r}",
                 *WAYS.values(),
             ]

@@ -5,7 +5,6 @@ Celery keeps a revoke in the memory of the workers that run just then, and forge
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +16,7 @@ from celery.utils.functional import maybe_list
 from celery.utils.log import get_logger
 from hothouse_transport.refusals import refusal
 from kombu.exceptions import OperationalError
+from kombu.utils.json import dumps, loads
 from redis import RedisError, ResponseError
 from redis.backoff import NoBackoff
 from redis.exceptions import NoPermissionError
@@ -47,15 +47,13 @@ def revoked_by(command: str, arguments: dict[str, Any]) -> list[str]:
     """What a control command revokes, as members of the sorted set; nothing if it is another command."""
     try:
         if command in ("revoke", "terminate"):
-            return [json.dumps(name) for name in maybe_list(arguments.get("task_id")) or ()]
+            return [dumps(name) for name in maybe_list(arguments.get("task_id")) or ()]
         if command == "revoke_by_stamped_headers":
             headers = arguments.get("headers") or {}
             if isinstance(headers, list):
                 headers = dict(pair.split("=")[:2] for pair in headers)
             return [
-                json.dumps([header, stamp])
-                for header in headers
-                for stamp in maybe_list(headers[header]) or ()
+                dumps([header, stamp]) for header in headers for stamp in maybe_list(headers[header]) or ()
             ]
     except (AttributeError, TypeError, ValueError):
         pass  # Celery itself says what is wrong with it
@@ -216,8 +214,8 @@ def take_in(members: list[str]) -> None:
 
     for member in members:
         try:
-            revoked = json.loads(member)
-        except (ValueError, RecursionError):
+            revoked = loads(member)
+        except (ValueError, TypeError, LookupError, RecursionError):
             continue  # not ours
         if not isinstance(revoked, list):
             if isinstance(revoked, str) and revoked not in state.revoked:
