@@ -75,14 +75,14 @@ def check() -> int:
     if not own:
         print(f"{os.environ.get('HOTHOUSE_APP')} has no task of its own", file=sys.stderr)
         return 1
+    problems = queues.problems(app)
     if app.conf.beat_schedule:
         from hothouse_celery.schedule import refusals
 
         if refused := refusals(app):
-            print("beat cannot send these entries of the schedule (beat_schedule):", file=sys.stderr)
-            print(*(f"  {name!r}: {reason}" for name, reason in refused.items()), sep="\n", file=sys.stderr)
-            return 1
-    if problems := queues.problems(app):
+            problems += ["beat cannot send these entries of the schedule (beat_schedule):"]
+            problems += [f"  {name!r}: {reason}" for name, reason in refused.items()]
+    if problems:
         print(*problems, sep="\n", file=sys.stderr)
         return 1
     print(json.dumps(own))
