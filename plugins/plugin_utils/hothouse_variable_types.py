@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import functools
 import json
+import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -21,7 +22,6 @@ from ansible.module_utils.common.validation import (
     check_type_bool,
     check_type_dict,
     check_type_float,
-    check_type_int,
 )
 from ansible.template import trust_as_template
 from ansible.vars.manager import VariableManager
@@ -30,6 +30,9 @@ ROLES = Path(__file__).parents[2] / "roles"
 
 # Before the name of a variable: its template, whose place is taken by one that converts.
 GIVEN = "__given_"
+
+# How to mend that something encrypted cannot be read.
+UNLOCK = "name the file of the vault password: --vault-password-file, or ANSIBLE_VAULT_PASSWORD_FILE"
 
 # Variables of the whole environment, which belong to no role.
 ENVIRONMENT = {
@@ -73,24 +76,26 @@ class WrongType(ValueError):
     """A value that cannot be converted; says what was expected."""
 
 
-def _int(value: Any) -> int:
-    if isinstance(value, bool):
-        raise TypeError
-    return check_type_int(value)
-
-
 def _float(value: Any) -> float:
     """A whole number stays one: 95 is printed as 95."""
     if isinstance(value, bool):
         raise TypeError
-    if isinstance(value, int | float):
-        return value
-    with suppress(ValueError):
-        return int(value)
-    number = check_type_float(value)
+    number = value
+    if not isinstance(value, int | float):
+        try:
+            number = int(value)
+        except ValueError:
+            number = check_type_float(value)
     if number - number:  # infinite, or no number
         raise TypeError
     return number
+
+
+def _int(value: Any) -> int:
+    number = _float(value)
+    if number != int(number):
+        raise TypeError
+    return int(number) if isinstance(number, float) else number
 
 
 def _str(value: Any) -> str:
@@ -101,10 +106,10 @@ def _str(value: Any) -> str:
     raise TypeError  # of `no` and 1.10 nobody knows how they were written
 
 
-def _literal(text: str, kind: type) -> Any:
+def _literal(text: str, kind: type | tuple[type, ...]) -> Any:
     """What a text in brackets holds: JSON, Python or YAML, which differ in quotes and in `true`."""
     for parse in (json.loads, ast.literal_eval, yaml.safe_load):
-        with suppress(ValueError, SyntaxError, yaml.YAMLError):
+        with suppress(ValueError, SyntaxError, yaml.YAMLError, MemoryError, RecursionError):
             if isinstance(value := parse(text), kind):
                 return value
     raise TypeError
@@ -119,9 +124,12 @@ def _list(value: Any) -> list[Any]:
         return [value]
     if not isinstance(value, str):
         raise TypeError
-    if value.strip().startswith("["):
-        return _literal(value.strip(), list)
-    return [item.strip() for item in value.split(",")] if value.strip() else []
+    text = value.strip()
+    if text.startswith("{"):  # of commas in a mapping nobody knows what they separate
+        raise TypeError
+    if text.startswith(("[", "(", "- ")):
+        return list(_literal(text, (list, tuple)))
+    return [item.strip() for item in re.split(r"[,\n]", text) if item.strip()]
 
 
 def _dict(value: Any) -> dict[Any, Any]:
@@ -157,13 +165,14 @@ def convert(value: Any, option: Mapping[str, Any]) -> Any:
 
     A value that has this type already is given back itself.
     """
-    if value is None:
-        return None
     kind = option.get("type", "str")
     try:
         converted = CONVERT[kind](value)
     except (TypeError, ValueError):
-        raise WrongType(f"{value!r} is not {EXPECTED[kind]}") from None
+        if value is None:
+            raise WrongType(f"nothing (null) is not {EXPECTED[kind].partition(';')[0]}") from None
+        said = repr(value)
+        raise WrongType(f"{said if len(said) <= 200 else said[:200] + '…'} is not {EXPECTED[kind]}") from None
     parts: dict[Any, Mapping[str, Any]] = {}
     if kind == "list" and option.get("elements"):
         element = {**option, "type": option["elements"], "elements": None}
@@ -213,7 +222,11 @@ def apply_types(variables: dict[str, Any]) -> None:
 def complaint(name: str, error: WrongType) -> str:
     """What is wrong with a variable; nothing of its value if that is a secret."""
     option = options()[name]
-    return f"`{name}` is not {EXPECTED[option['type']]}" if option.get("no_log") else f"`{name}`: {error}"
+    return (
+        f"`{name}` is not {EXPECTED[option.get('type', 'str')]}"
+        if option.get("no_log")
+        else f"`{name}`: {error}"
+    )
 
 
 def is_installed() -> bool:

@@ -143,7 +143,13 @@ def test_templates_that_give_strings_render_the_same_files(tmp_path: Path) -> No
         ("a=1, b=2", {"type": "dict"}, {"a": "1", "b": "2"}),
         ("{'a': None, 'b': True}", {"type": "dict"}, {"a": None, "b": True}),
         ("", {"type": "dict"}, {}),
-        (None, {"type": "int"}, None),
+        ("1e3", {"type": "int"}, 1000),
+        ("30\n", {"type": "int"}, 30),
+        ("12345678901234567891", {"type": "int"}, 12345678901234567891),
+        ("a,b,", {"type": "list", "elements": "str"}, ["a", "b"]),
+        ("a\nb\n", {"type": "list", "elements": "str"}, ["a", "b"]),
+        ("- a\n- b\n", {"type": "list", "elements": "str"}, ["a", "b"]),
+        ("('a', 'b')", {"type": "list", "elements": "str"}, ["a", "b"]),
         (
             [{"name": 1, "concurrency": "4", "queues": "a,b", "other": "5"}],
             types.options()["worker_pools"],
@@ -167,6 +173,16 @@ def test_a_value_becomes_what_its_specification_says(value: Any, option: Any, co
         ("inf", {"type": "float"}),
         (False, {"type": "float"}),
         ([30], {"type": "int"}),
+        (None, {"type": "int"}),
+        (None, {"type": "str"}),
+        ([None], {"type": "list", "elements": "str"}),
+        ("Infinity", {"type": "int"}),
+        ("1e400", {"type": "int"}),
+        (float("inf"), {"type": "int"}),
+        (float("nan"), {"type": "float"}),
+        ("[" * 3000, {"type": "list", "elements": "str"}),
+        ("{" * 3000, {"type": "dict"}),
+        ("{a: 1, b: 2}", {"type": "list", "elements": "dict"}),
         ("maybe", {"type": "bool"}),
         ("2", {"type": "bool"}),
         ("", {"type": "bool"}),
@@ -182,8 +198,9 @@ def test_a_value_becomes_what_its_specification_says(value: Any, option: Any, co
     ],
 )
 def test_a_value_that_is_none_of_its_type_is_refused(value: Any, option: Any) -> None:
-    with pytest.raises(types.WrongType, match=" is not "):
+    with pytest.raises(types.WrongType, match=" is not ") as error:
         types.convert(value, option)
+    assert len(str(error.value)) < 300
 
 
 def test_a_value_of_the_right_type_is_given_back_itself() -> None:
