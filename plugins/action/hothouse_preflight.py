@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import yaml
+from ansible._internal._datatag._tags import Origin  # there is no other way to ask where a value was written
 from ansible.errors import AnsibleActionFail, AnsibleError
 from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
 from ansible.plugins.action import ActionBase
@@ -120,26 +121,51 @@ def check_groups(
 
 
 def check_names(
-    problems: Problems, host: str, names: list[str], specs: dict[str, dict[str, Any]], where: dict[str, str]
+    problems: Problems,
+    host: str,
+    names: Iterable[str],
+    specs: dict[str, dict[str, Any]],
+    where: dict[str, str],
 ) -> None:
     """No variable that begins like a role's is unknown to that role: a misspelled one would pass in silence."""
     for name in names:
         role = name.partition("_")[0]
+        place = where.get(name, f"variables of the host `{host}`")
         if role in ("credentials", "private") and "_" in name and name not in types.ENVIRONMENT:
             near = difflib.get_close_matches(name, types.ENVIRONMENT, n=1) or types.ENVIRONMENT
             problems.add(
                 f"`{name}` is no variable of an environment",
-                where.get(name, f"variables of the host `{host}`"),
+                place,
                 f"did you mean {' or '.join(f'`{known}`' for known in near)}?",
             )
-        if role in specs and "_" in name and name not in specs[role]:
+        elif role in specs and "_" in name and name not in specs[role]:
             near = difflib.get_close_matches(name, specs[role], n=1)
             problems.add(
                 f"`{name}` is no variable of the role `{role}`",
-                where.get(name, f"variables of the host `{host}`"),
+                place,
                 (f"did you mean `{near[0]}`? " if near else "")
                 + f"All of them are in roles/{role}/README.md",
             )
+        elif (
+            not name.startswith(("_", "ansible_"))
+            and name not in types.options()
+            and (near := difflib.get_close_matches(name, types.options(), n=1, cutoff=0.9))
+        ):
+            problems.add(
+                f"`{name}` is no variable of any role",
+                place,
+                f"did you mean `{near[0]}`? If it is one of your own, give it a name that is less like that",
+            )
+
+
+def check_reachable(problems: Problems, host: str, raw: Mapping[str, Any]) -> None:
+    """A host has an address."""
+    if "ansible_host" not in raw and "ansible_host" in str(raw.get("private_address", "")):
+        problems.add(
+            f"the host `{host}` has no address",
+            "hosts.yml of the inventory",
+            f"correct the name, or set ansible_host of `{host}`",
+        )
 
 
 def check_pools(problems: Problems, host: str, pools: list[dict[str, Any]], where: str) -> None:
@@ -293,15 +319,12 @@ def check_firewall(problems: Problems, values: Mapping[str, Any], where: dict[st
                 where.get(name, "group_vars"),
                 "write it like 192.0.2.10, 192.0.2.0/24 or 2001:db8::/32; the firewall does not know names",
             )
-    ports = [("prepare_ssh_port", values["prepare_ssh_port"])]
-    ports += [("prepare_firewall_rules", rule["port"]) for rule in rules]
-    for name, port in ports:
-        if not is_port(port) or (name == "prepare_ssh_port" and "-" in str(port)):
+    for rule in rules:
+        if not is_port(rule["port"]):
             problems.add(
-                f"{name}: {port} is no port",
-                where.get(name, "group_vars"),
-                "give a number from 1 to 65535"
-                + (", or a range such as 60000-61000" if name == "prepare_firewall_rules" else ""),
+                f"prepare_firewall_rules: {rule['port']} is no port",
+                where.get("prepare_firewall_rules", "group_vars"),
+                "give a number from 1 to 65535, or a range such as 60000-61000",
             )
     for server in values["prepare_ntp_servers"]:
         if not re.fullmatch(r"[A-Za-z0-9.:-]+", str(server)):
@@ -544,6 +567,25 @@ def find_definitions(sources: list[str], extra: Iterable[str] = ()) -> dict[str,
     return where | dict.fromkeys(extra, "-e or --extra-vars of this run")
 
 
+def strays(sources: Iterable[str], groups: Mapping[str, list[str]], nouns: Iterable[str]) -> list[str]:
+    """Files of variables that are read for no host, for their name is misspelled or of a host that has left."""
+    known = {"group": {*groups, *nouns}, "host": set(groups["all"])}
+    roots = [Path(source) for source in sources if "," not in source]
+    found = []
+    for folder in dict.fromkeys(root if root.is_dir() else root.parent for root in roots):
+        for kind, names in known.items():
+            for path in sorted(folder.glob(f"{kind}_vars/[!.]*")):
+                name = path.stem if path.suffix in (".yml", ".yaml", ".json") else path.name
+                if name in names or not (path.is_dir() or name != path.name or not path.suffix):
+                    continue
+                near = difflib.get_close_matches(name, names, n=1)
+                found.append(
+                    f"The variables in {path} are for no one, because there is no {kind} `{name}`."
+                    + (f" Did you mean `{near[0]}`?" if near else "")
+                )
+    return found
+
+
 def plain(value: Any) -> Any:
     """The value with everything inside it templated now; Ansible templates containers when they are read."""
     if isinstance(value, Mapping):
@@ -560,19 +602,125 @@ class Variables(Mapping[str, Any]):
     """
 
     def __init__(self, raw: dict[str, Any], templar: Any) -> None:
-        self._raw, self._templar = raw, templar
+        self.raw, self._templar = raw, templar
 
     def __getitem__(self, name: str) -> Any:
-        return plain(self._templar.template(self._raw[name]))
+        return plain(self._templar.template(self.raw[name]))
 
     def __contains__(self, name: object) -> bool:
-        return name in self._raw
+        return name in self.raw
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._raw)
+        return iter(self.raw)
 
     def __len__(self) -> int:
-        return len(self._raw)
+        return len(self.raw)
+
+
+def specified(roles: Iterable[str], specs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The options of a host: name → that of the role that it is named after, required if one of the roles needs it."""
+    found: dict[str, dict[str, Any]] = {
+        name: option for name, option in types.ENVIRONMENT.items() if option["type"] != "str"
+    }
+    for role in sorted(roles):
+        for name, option in specs[role].items():
+            known = option if name.startswith(f"{role}_") else found.get(name, option)
+            required = option.get("required") or found.get(name, {}).get("required", False)
+            found[name] = {**known, "required": required}
+    return found
+
+
+def is_negative(value: Any) -> bool:
+    """Whether a number in the value is below 0."""
+    if isinstance(value, list | dict):
+        return any(is_negative(item) for item in (value.values() if isinstance(value, dict) else value))
+    return isinstance(value, int | float) and value < 0
+
+
+def unfit(name: str, value: Any, option: dict[str, Any]) -> list[str]:
+    """What is wrong with a value that has its type."""
+    if found := ArgumentSpecValidator({name: option}).validate({name: value}).error_messages:
+        return found
+    if option.get("type") == "int" and name.endswith("_port") and not is_port(value):
+        return [f"{name}: {value} is no port; it has to be from 1 to 65535"]
+    if option.get("type") in ("int", "float") or name == "worker_pools":
+        return [f"{name}: a number is below 0"] if is_negative(value) else []
+    return []
+
+
+def references(name: str, raw: Mapping[str, Any]) -> set[str]:
+    """The variables that a variable is made of, and those that these are made of."""
+    found: set[str] = set()
+    left = [name]
+    while left:
+        try:
+            text = str(raw.get(left.pop(), ""))
+        except AnsibleError:  # encrypted, and no password is known
+            continue
+        words = set(re.findall(r"\w+", text)) & {*raw, "credentials"} - found
+        found |= words
+        left += [word for word in words - {"credentials", "hostvars"} if types.is_template(raw[word])]
+    return found
+
+
+class Faults:
+    """What is wrong with the values of variables, each once: not for every host, nor for what follows from it."""
+
+    def __init__(self, where: dict[str, str], extra: Iterable[str]) -> None:
+        self._where, self._extra = where, extra
+        self._hosts: dict[tuple[str, str, str, str], list[str]] = {}
+        self._made_of: dict[str, set[str]] = {}
+
+    def add(self, name: str, what: str, mend: str, host: str, raw: Mapping[str, Any]) -> None:
+        given = types.GIVEN + name if types.GIVEN + name in raw else name
+        self._made_of.setdefault(name, set()).update(references(given, raw))
+        place = self._where.get(name, "group_vars")
+        value = raw.get(given)
+        origin = None if name in self._extra else Origin.get_tag(value)
+        if origin and origin.path and origin.line_num:  # a host can have another value than its group
+            inside = isinstance(value, list | dict) and place.startswith(f"{origin.path}:")
+            place = place if inside else f"{origin.path}:{origin.line_num}"
+        self._hosts.setdefault((name, what, place, mend), []).append(host)
+
+    def tell(self, problems: Problems, hosts: int) -> None:
+        wrong = {name for name, *_ in self._hosts}
+        made_of = {  # a filter that is given `hostvars` may read anything
+            name: wrong if "hostvars" in made_of else made_of & wrong
+            for name, made_of in self._made_of.items()
+        }
+        for (name, what, place, mend), of in self._hosts.items():
+            if any(name not in made_of.get(cause, ()) for cause in made_of.get(name, set()) - {name}):
+                continue
+            names = ", ".join(f"`{host}`" for host in of)
+            said = "every host" if len(of) == hosts > 1 else f"host{'s' if len(of) > 1 else ''} {names}"
+            problems.add(f"{what} ({said})", place, mend)
+
+
+def check_options(faults: Faults, host: str, variables: Variables, specs: dict[str, dict[str, Any]]) -> None:
+    """The host's variables fit the specs of its roles; secrets may not be known yet."""
+    raw = variables.raw
+    roles = {"prepare", "haproxy", "verify", *variables["group_names"]} & set(specs)
+    for name, option in specified(roles, specs).items():
+        owner = name.partition("_")[0]
+        page = f"see roles/{owner}/README.md" if owner in specs else "see inventories/shared/common.yml"
+        secret = option.get("no_log")
+        if name not in variables:
+            if option.get("required") and not secret:
+                faults.add(name, f"`{name}` is not set", page, host, raw)
+            continue
+        given = types.GIVEN + name if types.GIVEN + name in raw else name
+        try:
+            value = types.convert(variables[given], option)
+        except types.WrongType as error:
+            faults.add(name, types.complaint(name, error), page, host, raw)
+        except AnsibleError as error:
+            if not secret or "credentials" not in references(given, raw):  # what it lacks is generated
+                locked = "vault" in str(error).lower()
+                mend = types.UNLOCK if locked else "define what it refers to, or correct its template"
+                faults.add(name, f"`{name}` cannot be worked out: {error}", mend, host, raw)
+        else:
+            for fault in [] if secret else unfit(name, value, option):
+                faults.add(name, fault, page, host, raw)
 
 
 class ActionModule(ActionBase):
@@ -590,7 +738,8 @@ class ActionModule(ActionBase):
         groups, hostvars = task_vars["groups"], task_vars["hostvars"]
         specs = types.specifications()
         extra = load_extra_vars(self._loader)
-        where = find_definitions(task_vars.get("ansible_inventory_sources") or [], extra)
+        sources = task_vars.get("ansible_inventory_sources") or []
+        where = find_definitions(sources, extra)
         problems = Problems()
 
         check_groups(
@@ -599,11 +748,20 @@ class ActionModule(ActionBase):
             set(specs) - {"prepare", "haproxy", "verify", "compose"},
             arguments["needed_groups"],
         )
+        if rest := extra.get("_raw_params"):
+            problems.add(
+                f"`{rest}` is no NAME=VALUE, so it would be passed over",
+                "-e or --extra-vars of this run",
+                "put quotes round a value with spaces, within those of the shell, or give JSON: -e '{\"NAME\": …}'",
+            )
         for host in groups["all"]:
-            check_names(problems, host, list(hostvars.raw_get(host)), specs, where)
+            check_names(problems, host, hostvars.raw_get(host), specs, where)
+            check_reachable(problems, host, hostvars.raw_get(host))
         if not problems:
+            faults = Faults(where, extra)
             for host in groups["all"]:
-                self._check_options(problems, host, self._variables(hostvars, host), specs, where)
+                check_options(faults, host, self._variables(hostvars, host), specs)
+            faults.tell(problems, len(groups["all"]))
         if not problems:
             self._check_together(problems, groups, hostvars, where)
         if problems:
@@ -611,7 +769,8 @@ class ActionModule(ActionBase):
                 "The inventory is not ready; nothing was touched.\n\n"
                 + "\n\n".join(f"{number}. {text}" for number, text in enumerate(problems, 1))
             )
-        return {"changed": False, "warnings": self._warnings(groups, hostvars)}
+        warnings = self._warnings(groups, hostvars) + strays(sources, groups, specs)
+        return {"changed": False, "warnings": warnings}
 
     def _warnings(self, groups: dict[str, list[str]], hostvars: Any) -> list[str]:
         """What may be meant."""
@@ -637,48 +796,6 @@ class ActionModule(ActionBase):
                 and "monitor_webhook_urls" not in hostvars.raw_get(host)
             ]
         )
-
-    @staticmethod
-    def _check_options(
-        problems: Problems,
-        host: str,
-        variables: Variables,
-        specs: dict[str, dict[str, Any]],
-        where: dict[str, str],
-    ) -> None:
-        """The host's variables fit the specs of its roles; secrets are generated later and checked by the role."""
-        roles = {"prepare", "haproxy", "verify", *variables["group_names"]} & set(specs)
-        environment = {name: option for name, option in types.ENVIRONMENT.items() if option["type"] != "str"}
-        for role, options in [("", environment), *((role, specs[role]) for role in sorted(roles))]:
-            public = {name: option for name, option in options.items() if not option.get("no_log")}
-            values = {}
-            for name in list(public):
-                if name not in variables:
-                    continue
-                owner = name.partition("_")[0]
-                page = f"roles/{owner}/README.md" if owner in specs else "inventories/shared/common.yml"
-                given = types.GIVEN + name
-                try:
-                    value = variables[given if given in variables else name]
-                    values[name] = types.convert(value, public[name])
-                except types.WrongType as error:
-                    what = f"{types.complaint(name, error)} (host `{host}`)"
-                    problems.add(what, where.get(name, "group_vars"), f"see {page}")
-                    del public[name]
-                except AnsibleError as error:
-                    problems.add(
-                        f"`{name}` of the host `{host}` cannot be worked out: {error}",
-                        where.get(name, "group_vars"),
-                        "define what it refers to",
-                    )
-            result = ArgumentSpecValidator(public).validate(values)
-            for message in result.error_messages:
-                named = [name for name in public if name in message]
-                problems.add(
-                    f"{message} (role `{role}`, host `{host}`)",
-                    where.get(named[0], "group_vars") if named else "group_vars",
-                    f"see roles/{role}/README.md",
-                )
 
     def _check_together(
         self, problems: Problems, groups: dict[str, list[str]], hostvars: Any, where: dict[str, str]

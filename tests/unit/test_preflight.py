@@ -5,6 +5,7 @@ Each test takes a copy of one of the shipped inventories, breaks one thing and r
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -369,7 +370,167 @@ def test_an_application_without_redbeat_is_refused(inventory: Inventory, tmp_pat
 
 def test_an_undefined_reference_names_the_variable(inventory: Inventory) -> None:
     inventory.set(nginx_server_name="{{ no_such_thing }}")
-    assert "`nginx_server_name` of the host `staging1` cannot be worked out" in inventory.refusal()
+    assert "`nginx_server_name` cannot be worked out: 'no_such_thing' is undefined" in inventory.refusal()
+
+
+def faults(message: str) -> int:
+    """How many things a message, which Ansible prints in two forms, says are wrong."""
+    return message.partition("fatal: ")[2].count(" where: ")
+
+
+ONE_MISTAKE = [
+    ({"redis_port": None}, "`redis_port`: nothing (null) is not a whole number"),
+    ({"nginx_server_name": None}, "`nginx_server_name`: nothing (null) is not a text"),
+    ({"app_extra_queues": None}, "`app_extra_queues`: nothing (null) is not a list"),
+    ({"worker_pools": [None]}, "`worker_pools`: nothing (null) is not a mapping"),
+    (
+        {"worker_pools": [{"name": "a", "queues": ["default", None]}]},
+        "`worker_pools`: nothing (null) is not a text",
+    ),
+    ({"redis_port": "{{ 1 / 0 }}"}, "`redis_port` cannot be worked out"),
+    ({"redis_port": "{{ 1 + }}"}, "`redis_port` cannot be worked out: Syntax error in template"),
+    ({"redis_port": "{{ redis_port }}"}, "`redis_port` cannot be worked out: Recursive loop"),
+    ({"redis_port": "{{ lookup('ansible.builtin.pipe', 'exit 3') }}"}, "`redis_port` cannot be worked out"),
+    ({"redis_port": "{{ own }}", "own": "none"}, "`redis_port`: 'none' is not a whole number"),
+    ({"app_extra_queues": ["{{ own }}"]}, "`app_extra_queues` cannot be worked out: 'own' is undefined"),
+    ({"flower_port": 70000}, "flower_port: 70000 is no port"),
+    ({"redis_port": "0"}, "redis_port: 0 is no port"),
+    ({"redis_port": "Infinity"}, "`redis_port`: 'Infinity' is not a whole number"),
+    ({"beat_lock_seconds": "-1"}, "beat_lock_seconds: a number is below 0"),
+    ({"monitor_scrape_seconds": "15s"}, "`monitor_scrape_seconds`: '15s' is not a whole number"),
+    ({"app_credentials": "secret"}, "`app_credentials` is not a mapping"),
+]
+
+
+@pytest.mark.parametrize(("values", "said"), ONE_MISTAKE, ids=lambda value: str(value)[:50])
+def test_one_mistake_is_told_once_and_where_it_is(
+    inventory: Inventory, values: dict[str, Any], said: str
+) -> None:
+    """Whatever else follows from it, and however many roles have the variable."""
+    inventory.group("monitor", {"hosts": {"staging1": {}}})
+    inventory.set(**values)
+    message = inventory.refusal()
+    assert said in message and faults(message) == 1, message
+    line = next(
+        number
+        for number, text in enumerate(
+            (inventory.path / "group_vars/all/main.yml").read_text().splitlines(), 1
+        )
+        if text.startswith(next(iter(values)))
+    )
+    assert f"where: {inventory.path}/group_vars/all/main.yml:{line} mend:" in message
+
+
+def test_a_mistake_of_many_hosts_is_told_once(tmp_path: Path) -> None:
+    inventory = Inventory(tmp_path / "inventories", "prod")
+    message = inventory.refusal("-e", "redis_port=none")
+    assert "`redis_port`: 'none' is not a whole number (every host)" in message and faults(message) == 1
+    inventory.set(worker_pools=None)
+    message = inventory.refusal()
+    assert "is not a list, such as [a, b] or a,b (hosts `worker1`, `worker2`)" in message
+    assert faults(message) == 1
+
+
+def test_two_variables_that_refer_to_each_other_are_both_named(inventory: Inventory) -> None:
+    inventory.set(redis_port="{{ flower_port }}", flower_port="{{ redis_port }}")
+    message = inventory.refusal()
+    assert "`redis_port` cannot" in message and "`flower_port` cannot" in message and faults(message) == 2
+
+
+def test_the_value_of_one_host_is_refused_where_that_host_has_it(inventory: Inventory) -> None:
+    inventory.set(flower_max_tasks=5)
+    document = yaml.safe_load((inventory.path / "hosts.yml").read_text())
+    document["all"]["hosts"]["staging1"]["flower_max_tasks"] = "many"
+    text = yaml.safe_dump(document)
+    (inventory.path / "hosts.yml").write_text(text)
+    line = text[: text.index("flower_max_tasks")].count("\n") + 1
+    assert f"where: {inventory.path}/hosts.yml:{line} mend:" in inventory.refusal()
+
+
+@pytest.mark.parametrize("name", ["redis_port", "app_smtp_password"])
+def test_a_value_that_cannot_be_decrypted_is_named_with_the_way_to_decrypt_it(
+    inventory: Inventory, name: str
+) -> None:
+    (inventory.path / "group_vars/all/vault.yml").write_text(f"{name}: !vault |\n{LOCKED}\n")
+    message = inventory.refusal()
+    assert f"`{name}` cannot be worked out" in message and faults(message) == 1
+    assert "vault.yml:1 mend: name the file of the vault password" in message
+
+
+LOCKED = "  $ANSIBLE_VAULT;1.1;AES256\n  3333"
+
+
+def test_a_secret_that_the_credentials_will_hold_may_be_unknown(inventory: Inventory) -> None:
+    inventory.set(app_credentials={"key": "{{ credentials.own }}"})
+    (inventory.path / "group_vars/all/credentials.yml").write_text("credentials: {redis_admin: abcdefgh}\n")
+    done = inventory.check()
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "rest"),
+    [
+        ("app_extra_queues=more, other", "other"),
+        ("redis_port", "redis_port"),
+        ('worker_pools=[{"name": "a"}]', '"a"}]'),
+    ],
+)
+def test_what_extra_variables_would_lose_is_refused(inventory: Inventory, words: str, rest: str) -> None:
+    assert f"`{rest}` is no NAME=VALUE, so it would be passed over" in inventory.refusal("-e", words)
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("workr_pools", "worker_pools"),
+        ("ngnix_server_name", "nginx_server_name"),
+        ("rediss_port", "redis_port"),
+        ("worker_pool", "worker_pools"),
+        ("apps_source", "app_source"),
+    ],
+)
+def test_a_name_that_is_misspelled_before_its_underscore_is_refused_too(
+    inventory: Inventory, name: str, near: str
+) -> None:
+    inventory.set(**{name: "x"})
+    message = inventory.refusal()
+    assert f"`{name}` is no variable of" in message and f"did you mean `{near}`?" in message
+
+
+def test_variables_of_ones_own_may_have_any_other_name(inventory: Inventory) -> None:
+    inventory.set(flower_purge_offline_workers_seconds="{{ own }}", own="60")
+    inventory.set(smtp_port=25, port=1, source="y", shop_queues=["a"], hosts_name="z", __redis_ports=1)
+    assert inventory.check().returncode == 0
+
+
+@pytest.mark.parametrize("name", ["redis[1:3]", "redis9"])
+def test_a_host_without_an_address_is_named(inventory: Inventory, name: str) -> None:
+    inventory.group("redis", {"hosts": {name: {}}})
+    message = inventory.refusal()
+    for host in ("redis1", "redis2", "redis3") if ":" in name else (name,):
+        assert f"the host `{host}` has no address" in message and f"set ansible_host of `{host}`" in message
+
+
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        ("group_vars/workers.yml", "there is no group `workers`. Did you mean `worker`?"),
+        ("group_vars/ngnix/main.yml", "there is no group `ngnix`. Did you mean `nginx`?"),
+        ("host_vars/stagin1.yaml", "there is no host `stagin1`. Did you mean `staging1`?"),
+        ("host_vars/gone", "there is no host `gone`."),
+        ("group_vars/monitor.yml", ""),
+        ("group_vars/mail/main.yml", ""),
+        ("group_vars/notes.md", ""),
+        ("host_vars/staging1", ""),
+    ],
+)
+def test_variables_that_no_host_reads_are_worth_a_warning(inventory: Inventory, file: str, said: str) -> None:
+    path = inventory.path / file
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("own: 1\n")
+    done = inventory.check()
+    warnings = " ".join(done.stderr.split())
+    assert done.returncode == 0 and (said in warnings if said else "are for no one" not in warnings), warnings
 
 
 def test_several_mistakes_are_told_at_once(inventory: Inventory) -> None:
@@ -398,14 +559,14 @@ def test_prod_without_a_vault_password_is_refused_before_a_host_is_contacted(tmp
         ("ops", "with,comma,and,long,enough"),
         ("o:ps", "x" * 20),
         ("ops", "ü" * 20),
+        ("ops", "x" * 20 + "\n"),
     ],
 )
 def test_a_login_that_is_weak_or_that_flower_would_misread_is_refused(
     inventory: Inventory, user: str, password: str
 ) -> None:
-    message = inventory.refusal(
-        "-e", f"flower_user={user}", "-e", f"flower_password={password}", playbook="site.yml"
-    )
+    login = json.dumps({"flower_user": user, "flower_password": password})
+    message = inventory.refusal("-e", login, playbook="site.yml")
     assert "flower_password" in message and "FLOWER_PASSWORD" in message
 
 
