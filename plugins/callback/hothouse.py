@@ -1,7 +1,8 @@
-"""Ends a run that did not read the bundle's ansible.cfg, and says where to run it.
+"""Ends a run that did not read the bundle's ansible.cfg, or would leave out what it names or its checks.
 
-Such a run would find no inventory, take the string `false` for true, and leave handlers out. Ansible finds this file,
-the roles and the plugins by the links in playbooks/, whatever its settings.
+A run without these settings would find no inventory, take the string `false` for true, and leave handlers out. Ansible
+finds this file, the roles and the plugins by the links in playbooks/, whatever its settings. It takes any tag, and runs
+nothing where no play has it.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from ansible import constants
+import yaml
+from ansible import constants, context
 from ansible.plugins.callback import CallbackBase
 
 sys.path.append(str(Path(__file__).parents[1] / "plugin_utils"))
@@ -20,9 +22,10 @@ import hothouse_variable_types as types  # found by the line above
 DOCUMENTATION = r"""
 name: hothouse
 type: aggregate
-short_description: Say where to run a playbook
+short_description: Say where to run a playbook, and by which tags
 description:
   - Ends a run that did not read the bundle's ansible.cfg, before the first task.
+  - Ends a run with a tag that is none of a noun, and one that would leave out the checks.
 author: Hothouse
 """
 
@@ -41,6 +44,38 @@ def obstacle() -> tuple[str, str]:
     return f"{' and '.join(overrides)} in the environment", f"unset {' '.join(overrides)}"
 
 
+def nouns() -> list[str]:
+    """The tags that parts of a run have."""
+    plays = [
+        play
+        for path in (SETTINGS.parent / "playbooks").glob("*.yml")
+        for play in yaml.safe_load(path.read_text())
+    ]
+    found = [play.get("tags", []) for play in plays]
+    return sorted({tag for tags in found for tag in ([tags] if isinstance(tags, str) else tags)} - {"always"})
+
+
+def misuse(playbook: Any) -> tuple[str, str] | None:
+    """What in the options would not do what it seems to, and what to do about it."""
+    part = (
+        "for a part of site.yml: --tags NOUN, --skip-tags NOUN, or playbooks/NOUN.yml; the checks always run"
+    )
+    if context.CLIARGS.get("start_at_task"):
+        return "--start-at-task leaves out the checks and the credentials", part
+    only = set(context.CLIARGS.get("tags") or []) - {"all"}
+    without = set(context.CLIARGS.get("skip_tags") or [])
+    if (only or without) and not any(play.tags for play in playbook.get_plays()):
+        return (
+            f"{playbook._file_name} has no tags, so it runs whole or not at all",
+            "leave --tags and --skip-tags out",
+        )
+    if without & {"all", "always", "tagged"}:
+        return "--skip-tags would leave out the checks and the credentials", part
+    if unknown := sorted((only - {"always"} | without) - {*nouns()}):
+        return f"no part of a run has the tag {', '.join(unknown)}", f"name some of {', '.join(nouns())}"
+    return None
+
+
 class CallbackModule(CallbackBase):
     """The `hothouse` callback plugin."""
 
@@ -50,11 +85,12 @@ class CallbackModule(CallbackBase):
 
     def v2_playbook_on_start(self, playbook: Any) -> None:
         """Ends the program: an error that a callback raises would be a warning."""
-        if types.is_installed():
-            return
-        where, mend = obstacle()
-        self._display.error(
-            f"This run does not go by the settings in {SETTINGS}. Nothing was touched.\n"
-            f"    where: {where}\n    mend:  {mend}\n"
-        )
+        if not types.is_installed():
+            where, mend = obstacle()
+            self._refuse(f"This run does not go by the settings in {SETTINGS}", f"    where: {where}\n", mend)
+        elif fault := misuse(playbook):
+            self._refuse(f"This run would not do what it says: {fault[0]}", "", fault[1])
+
+    def _refuse(self, what: str, where: str, mend: str) -> NoReturn:
+        self._display.error(f"{what}. Nothing was touched.\n{where}    mend:  {mend}\n")
         sys.exit(4)

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ansible import context
+from ansible.errors import AnsibleError
 from ansible.inventory.manager import IGNORED
 from ansible.plugins.inventory import BaseInventoryPlugin
 from ansible.plugins.loader import inventory_loader
+from ansible.utils.vars import load_extra_vars
 
 sys.path.append(str(Path(__file__).parents[1] / "plugin_utils"))
 import hothouse_variable_types as types  # found by the line above
@@ -58,8 +60,10 @@ def kind_of(path: str, loader: Any) -> str:
     return "ini"
 
 
-def mend(kind: str, path: str) -> str:
+def mend(kind: str, path: str, error: Exception) -> str:
     """What to do about a source that cannot be read."""
+    if "vault" in str(error).lower():
+        return types.UNLOCK
     if kind == "script":
         return f"run `{path} --list`; it has to print an inventory in JSON and to exit with 0"
     if kind == "auto":
@@ -93,6 +97,13 @@ class InventoryModule(BaseInventoryPlugin):
             self._refuse(
                 f"The inventory {path} does not exist", "name an environment, such as -i inventories/prod"
             )
+        try:
+            load_extra_vars(loader)
+        except Exception as error:  # one that its loader does not foresee, too
+            self._refuse(
+                f"-e or --extra-vars cannot be read: {' '.join(str(error).split())}",
+                "give NAME=VALUE, JSON, or @ and a file with YAML or JSON",
+            )
         kind = ""
         try:
             kind = kind_of(path, loader)
@@ -105,7 +116,7 @@ class InventoryModule(BaseInventoryPlugin):
             self._refuse(
                 f"The inventory {place if place.startswith(path) else path} cannot be read as "
                 f"{KINDS.get(kind, 'YAML')}: {' '.join(str(error).split())}",
-                mend(kind, path),
+                mend(kind, path, error),
             )
         # Earlier sources may hold groups alone.
         sources = context.CLIARGS.get("inventory") or [path]
@@ -116,6 +127,31 @@ class InventoryModule(BaseInventoryPlugin):
             self._refuse(
                 f"The inventory names no host: {', '.join(sources)}",
                 "name the hosts of each group, as inventories/prod/hosts.yml does",
+            )
+        if path == last:
+            self._read_variables(inventory, loader, sources)
+
+    def _read_variables(self, inventory: Any, loader: Any, sources: list[str]) -> None:
+        """Say which file of variables cannot be read. Ansible, which reads them later, does not always."""
+        names = {"group_vars": inventory.groups, "host_vars": inventory.hosts}
+        roots = [Path(source) for source in sources if "," not in source]
+        for folder in dict.fromkeys(root if root.is_dir() else root.parent for root in roots):
+            for kind in names:
+                for name in names[kind]:
+                    for file in loader.find_vars_files(str(folder / kind), name):
+                        self._read_file(loader, os.fsdecode(file))
+
+    def _read_file(self, loader: Any, file: str) -> None:
+        try:
+            found = loader.load_from_file(file, cache="all", unsafe=False, trusted_as_template=True)
+            if not isinstance(found or {}, dict):
+                raise AnsibleError("it is no mapping, such as {name: value}")
+        except AnsibleError as error:
+            place = str(getattr(error, "obj", "") or "")
+            self._refuse(
+                f"The variables in {place if place.startswith(file) else file} cannot be read: "
+                f"{' '.join(str(error).split())}",
+                types.UNLOCK if "vault" in str(error).lower() else "correct the file",
             )
 
     def _refuse(self, what: str, mend: str) -> NoReturn:

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import BUNDLE, ENVIRONMENT
+from conftest import BUNDLE, ENVIRONMENT, load_plugin
 from test_preflight import Inventory
+
+types = load_plugin("plugin_utils/hothouse_variable_types")
 
 INI = """\
 [redis]
@@ -161,6 +163,47 @@ def test_an_inventory_that_cannot_be_read_or_is_empty_ends_the_run_with_one_mess
     assert "mend:" in said and "Nothing was touched." in said
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "reason", "mend"),
+    [
+        (
+            "group_vars/all/x.yml",
+            "a: [\n",
+            "x.yml:2:1 cannot be read: YAML parsing failed",
+            "correct the file",
+        ),
+        ("group_vars/redis/x.yaml", "a:\n\tb: 1\n", "x.yaml:2:1 cannot be read: YAML", "correct the file"),
+        ("group_vars/worker.yml", "- a\n", "worker.yml cannot be read: it is no mapping", "correct the file"),
+        ("host_vars/h1", "text\n", "h1 cannot be read: it is no mapping", "correct the file"),
+        ("host_vars/h1.json", "{", "h1.json", "correct the file"),
+        ("group_vars/all/x.yml", "$ANSIBLE_VAULT;1.1;AES256\n3333\n", "x.yml cannot be read", types.UNLOCK),
+        ("hosts.yml", "$ANSIBLE_VAULT;1.1;AES256\n3333\n", "hosts.yml cannot be read as YAML", types.UNLOCK),
+    ],
+)
+def test_variables_that_cannot_be_read_end_the_run_with_one_message(
+    inventory: Inventory, name: str, text: str, reason: str, mend: str
+) -> None:
+    as_ini(inventory.path)
+    path = inventory.path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    done = inventory.check()
+    assert done.returncode == 4 and "PLAY" not in done.stdout and done.stderr.count("[ERROR]") == 1, (
+        done.stderr
+    )
+    assert reason in done.stderr and f"mend:  {mend}\nNothing was touched." in done.stderr
+
+
+@pytest.mark.parametrize("words", ["@nowhere.yml", "@ansible.cfg", "./hosts.yml"])
+def test_extra_variables_that_cannot_be_read_are_not_blamed_on_the_inventory(
+    inventory: Inventory, words: str
+) -> None:
+    as_ini(inventory.path)
+    done = inventory.check("-e", words)
+    assert done.returncode == 4 and done.stderr.count("[ERROR]") == 1, done.stderr
+    assert "[ERROR]: -e or --extra-vars cannot be read" in done.stderr and "mend:  give NAME=" in done.stderr
+
+
 def test_an_inventory_that_is_not_there_ends_the_run(inventory: Inventory) -> None:
     inventory.path = inventory.path / "nowhere"
     done = inventory.check()
@@ -198,6 +241,39 @@ def test_a_tag_runs_one_noun_after_the_checks_and_skipping_it_the_others() -> No
         play: found if play in whole else [checks] for play, found in everything.items()
     }
     assert tasks("--skip-tags", "redis") == everything | {"Run Redis": []}
+
+
+@pytest.mark.parametrize(
+    ("playbook", "words", "reason"),
+    [
+        ("site.yml", ["--tags", "redsi"], "no part of a run has the tag redsi"),
+        (
+            "site.yml",
+            ["--tags", "redis,flowr", "--tags", "Worker"],
+            "no part of a run has the tag Worker, flowr",
+        ),
+        ("site.yml", ["--skip-tags", "flowr"], "no part of a run has the tag flowr"),
+        ("site.yml", ["--skip-tags", "always"], "would leave out the checks and the credentials"),
+        ("site.yml", ["--skip-tags", "all"], "would leave out the checks and the credentials"),
+        ("playbooks/redis.yml", ["--start-at-task", "Write the files"], "leaves out the checks"),
+        ("playbooks/check.yml", ["--tags", "redis"], "playbooks/check.yml has no tags"),
+        ("playbooks/remove.yml", ["--skip-tags", "redis"], "playbooks/remove.yml has no tags"),
+        ("playbooks/recover.yml", ["--tags", "always"], "playbooks/recover.yml has no tags"),
+    ],
+)
+def test_options_that_would_run_nothing_or_leave_out_the_checks_are_refused(
+    inventory: Inventory, playbook: str, words: list[str], reason: str
+) -> None:
+    as_ini(inventory.path)
+    done = inventory.check(*words, playbook=playbook)
+    assert done.returncode == 4 and "TASK" not in done.stdout and done.stderr.count("[ERROR]") == 1, (
+        done.stdout
+    )
+    assert reason in done.stderr and "Nothing was touched." in done.stderr and "mend:" in done.stderr
+    if "has the tag" in reason:
+        assert (
+            "app, beat, flower, haproxy, mail, monitor, nginx, prepare, redis, verify, worker" in done.stderr
+        )
 
 
 def test_a_playbook_checks_the_inventory_whatever_the_tags(inventory: Inventory) -> None:
