@@ -174,8 +174,9 @@ def services_of(services: list[dict[str, Any]], name: str, hostvars: Any) -> lis
     """
     offered = []
     for service in services:
-        clients = [client for client in service["clients"] if client != name]
-        if name in service["hosts"] and clients:
+        if name not in service["hosts"]:  # before its clients, which Ansible works out when they are read
+            continue
+        if clients := [client for client in service["clients"] if client != name]:
             offered.append(
                 {
                     "name": service["name"],

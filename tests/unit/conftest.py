@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import functools
 import importlib.util
 import json
 import os
@@ -64,6 +66,30 @@ def render(*arguments: str | Path) -> dict[str, dict[str, dict[str, str]]]:
                 found.update(result.get(kind, {}))
         assert not SECRET.search(json.dumps(files[host])), "a secret is in a file that is not marked as one"
     return files
+
+
+_shared: list[Path] = []
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Lets the processes of a test run share what costs seconds."""
+    own = tmp_path_factory.getbasetemp()
+    _shared[:] = [own.parent if own.name.startswith("popen-") else own]
+
+
+@functools.cache
+def shipped(inventory: str) -> dict[str, dict[str, dict[str, str]]]:
+    """What the roles would write with one of inventories/, or a path; rendered once for all tests of a run."""
+    with (_shared[0] / f"{inventory.replace('/', '_')}.json").open("a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        if not (text := file.read()):
+            text = json.dumps(render("-i", BUNDLE / "inventories" / inventory))
+            file.write(text)
+            file.flush()
+    found: dict[str, dict[str, dict[str, str]]] = json.loads(text)
+    return found
 
 
 @dataclass

@@ -11,7 +11,7 @@ from pathlib import Path
 import bcrypt
 import pytest
 import yaml
-from conftest import BUNDLE, load_plugin, render
+from conftest import load_plugin, shipped
 
 filters = load_plugin("filter/hothouse")
 
@@ -19,9 +19,7 @@ filters = load_plugin("filter/hothouse")
 @cache
 def rendered(inventory: str) -> dict[str, dict[str, str]]:
     """Host → path → text, for every file that is not secret."""
-    return {
-        host: files["rendered"] for host, files in render("-i", BUNDLE / "inventories" / inventory).items()
-    }
+    return {host: files["rendered"] for host, files in shipped(inventory).items()}
 
 
 def text(inventory: str, host: str, path: str) -> str:

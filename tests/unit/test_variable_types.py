@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import BUNDLE, ansible, load_plugin, render
+from conftest import BUNDLE, ansible, load_plugin, render, shipped
 
 types = load_plugin("plugin_utils/hothouse_variable_types")
 
@@ -43,12 +43,6 @@ def values(inventory: str) -> dict[str, dict[str, Any]]:
         | {name: value for name, value in json.loads(results[0]["msg"]).items() if value != "not set"}
         for host, results in hosts.items()
     }
-
-
-@cache
-def shipped(inventory: str) -> dict[str, Any]:
-    """What is rendered without a string."""
-    return render("-i", f"inventories/{inventory}")
 
 
 def as_strings(value: Any, option: dict[str, Any]) -> Any:
