@@ -569,7 +569,7 @@ def test_commands_that_make_no_sense_end_no_worker(shim: Redis, tmp_path: Path, 
     code = (
         "from hothouse_celery import app; import sys, json\n"
         "for name in json.load(sys.stdin):\n"
-        "    for command in ('add_consumer', 'cancel_consumer'):\n"
+        "    for command in ('cancel_consumer', 'add_consumer'):\n"
         "        app.control.broadcast(command, arguments={'queue': name})\n"
         "app.control.add_consumer('other', exchange=5, exchange_type='none')"
     )

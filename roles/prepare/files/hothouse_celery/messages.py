@@ -7,6 +7,7 @@ before Celery handles it, and whatever goes wrong afterwards, before the pool ha
 from __future__ import annotations
 
 import codecs
+import contextlib
 import copy
 import json
 import math
@@ -280,7 +281,8 @@ class Consumer(celery.worker.consumer.Consumer):
             raise
         except Exception as error:
             logger.error("The queue %r is not consumed: %r", queue, error)
-            if isinstance(queue, str):
+            with contextlib.suppress(TypeError):  # a mapping, which cannot be there
+                # Or the next connection would try it again.
                 self.app.amqp.queues.consume_from.pop(queue, None)
 
     def cancel_task_queue(self, queue: Any) -> None:
