@@ -583,6 +583,7 @@ def test_commands_that_make_no_sense_end_no_worker(shim: Redis, tmp_path: Path, 
         wait_until(
             lambda: process.poll() is not None or "The queue 'other' is not consumed" in log.read_text()
         )
+        assert "Connection to broker lost" not in log.read_text()
         for client in shim.admin.client_list():
             if client["name"] == "" and client["cmd"] != "client|list":
                 shim.admin.client_kill_filter(_id=client["id"], skipme=True)

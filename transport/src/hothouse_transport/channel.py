@@ -30,7 +30,7 @@ from redis.exceptions import NoScriptError, ResponseError
 from hothouse_transport import names
 from hothouse_transport.health import health
 from hothouse_transport.messages import completed, dead_letter_of, losses_of, part
-from hothouse_transport.refusals import ELSEWHERE, refusal
+from hothouse_transport.refusals import ELSEWHERE, is_lost, refusal
 from hothouse_transport.scripts import ACK, FETCH, MOVE, OVERDUE, RENEW, Script
 
 logger = logging.getLogger(__name__)
@@ -700,9 +700,11 @@ class Channel(stock.Channel):
         """Take what was told to all: control messages and events. One that makes no sense ends no consumer."""
         try:
             return super()._receive_one(client)
-        except (Empty, *self.connection_errors):
+        except Empty:
             raise
         except Exception as error:
+            if is_lost(error, self.connection_errors):
+                raise
             logger.error("A message to all cannot be read, it is left out: %r", error)
             raise Empty() from None
 
@@ -720,9 +722,9 @@ class Channel(stock.Channel):
         for tag, score, deliveries, entry in zip(rows[::4], rows[1::4], rows[2::4], rows[3::4], strict=True):
             try:
                 self._give_back_overdue(tag.decode(), score, int(deliveries), entry)
-            except self.connection_errors:
-                raise
             except Exception as error:  # whatever is in it must not keep the others
+                if is_lost(error, self.connection_errors):
+                    raise
                 logger.error(
                     "The overdue message %r cannot be given back, that is tried again after the visibility timeout: %r",
                     tag,

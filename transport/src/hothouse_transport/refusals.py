@@ -15,3 +15,11 @@ def refusal(error: ResponseError) -> str | None:
     # A pipeline puts what it did before the text.
     code = getattr(error, "status_code", None) or str(error).rpartition("caused error: ")[2].partition(" ")[0]
     return code if code in PASSING else None
+
+
+def is_lost(error: Exception, errors: tuple[type[Exception], ...]) -> bool:
+    """Whether an error means that the connection is lost; `errors` are a transport's `connection_errors`.
+
+    kombu counts KeyError among them, for a race in its poller. Here it is what is wrong with a message.
+    """
+    return isinstance(error, errors) and not isinstance(error, KeyError)

@@ -28,6 +28,7 @@ from celery.utils.time import timezone
 from celery.worker import state
 from hothouse_transport import names
 from hothouse_transport.messages import completed, identity, is_name
+from hothouse_transport.refusals import is_lost
 from kombu.asynchronous.timer import to_timestamp
 from kombu.serialization import SKIP_DECODE
 
@@ -277,9 +278,9 @@ class Consumer(celery.worker.consumer.Consumer):
         """By remote control, as well as cancel_task_queue. What cannot be the name of a queue ends no worker."""
         try:
             super().add_task_queue(queue, *args, **options)
-        except self.connection_errors:
-            raise
         except Exception as error:
+            if is_lost(error, self.connection_errors):
+                raise
             logger.error("The queue %r is not consumed: %r", queue, error)
             with contextlib.suppress(TypeError):  # a mapping, which cannot be there
                 # Or the next connection would try it again.
@@ -288,9 +289,9 @@ class Consumer(celery.worker.consumer.Consumer):
     def cancel_task_queue(self, queue: Any) -> None:
         try:
             super().cancel_task_queue(queue)
-        except self.connection_errors:
-            raise
         except Exception as error:
+            if is_lost(error, self.connection_errors):
+                raise
             logger.error("The queue %r is not given up: %r", queue, error)
 
     def connect(self) -> Any:
@@ -339,9 +340,9 @@ class Consumer(celery.worker.consumer.Consumer):
                 return handle(message)
             except Unfit as reason:
                 return self.on_invalid_task(None, message, reason)
-            except self.connection_errors:
-                raise
             except Exception as error:
+                if is_lost(error, self.connection_errors):
+                    raise
                 logger.error("A message could not be handled", exc_info=True)
                 return self.put_aside(message, f"cannot be handled: {shown(error)}")
 
@@ -356,9 +357,9 @@ class Consumer(celery.worker.consumer.Consumer):
             return
         try:
             dead.bury(self.app, message, reason, 0, unknown)
-        except self.connection_errors:
-            raise
         except Exception as error:
+            if is_lost(error, self.connection_errors):
+                raise
             logger.error(
                 "A message could not be put aside, that is tried again after the visibility timeout: %s: %r",
                 reason,
