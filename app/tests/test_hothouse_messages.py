@@ -348,6 +348,10 @@ def test_tasks_that_no_release_knew_run_once_one_does(transport: str, shim: Redi
             "app.conf.beat_schedule = {'x': {'task': 'trials.tick', 'schedule': 1, 'args': ['x'], 'options': {'queue': 'unknown-task'}}}",
             "the entry x of beat_schedule: 'unknown-task' cannot be the name of a queue: it is reserved",
         ),
+        (
+            "app.conf.task_default_queue = 'a b'; app.conf.beat_schedule = {'x': {'task': 'missing', 'schedule': 1}}",
+            "Give the queue another name.\nbeat cannot send these entries of the schedule (beat_schedule):\n  'x': ",
+        ),
         ("app.conf.beat_schedule = [{'task': 'trials.tick'}]", "it has to be a mapping of names to entries"),
         ("app.conf.task_routes = {'trials.*': {'queue': 'grüße'}}", ""),
         ("app.conf.task_routes = [lambda *args, **options: None, 'trials.route']", ""),
