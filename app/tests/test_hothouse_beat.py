@@ -289,6 +289,30 @@ def test_beat_sends_what_a_message_can_hold_and_bad_entries_keep_none_from_being
     assert ("is not sent" in (tmp_path / "one.log").read_text()) is bool(bad)
 
 
+def test_one_that_is_stopped_while_it_looks_at_a_schedule_ends(
+    schedules: Redis, beat: Beat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a schedule raises ends no beat, but the signal that ends it, which is raised there as well, does."""
+    (tmp_path / "slow.py").write_text(
+        "import time; from pathlib import Path; from celery.schedules import schedule; from trials import app\n"
+        "class Slow(schedule):\n"
+        "    looks = 0\n"
+        "    def is_due(self, last_run_at):\n"
+        "        Slow.looks += 1\n"
+        "        if Slow.looks > 1:  # not when it is checked\n"
+        f"            Path('{tmp_path}/looks').touch(); time.sleep(30)\n"
+        "        return super().is_due(last_run_at)\n"
+        "app.conf.beat_schedule = {'slow': {'task': 'trials.tick', 'schedule': Slow(1.0), 'args': ['x']}}\n"
+    )
+    monkeypatch.setenv("HOTHOUSE_APP", "slow:app")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ['PYTHONPATH']}")
+    with beat("one") as one:
+        wait_until((tmp_path / "looks").exists)
+        one.terminate()
+        assert one.wait(10) == 0
+    assert not schedules.admin.exists("redbeat:schedulers", "redbeat::lock")
+
+
 def test_the_check_of_a_release_names_the_entries_that_beat_cannot_send(
     schedules: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:

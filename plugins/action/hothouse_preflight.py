@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 import yaml
 from ansible._internal._datatag._tags import Origin  # there is no other way to ask where a value was written
-from ansible.errors import AnsibleActionFail, AnsibleError
+from ansible.errors import AnsibleActionFail, AnsibleError, AnsibleUndefinedVariable
 from ansible.module_utils.common.arg_spec import ArgumentSpecValidator
 from ansible.plugins.action import ActionBase
 from ansible.plugins.loader import filter_loader
@@ -132,7 +132,10 @@ def check_names(
         role = name.partition("_")[0]
         place = where.get(name, f"variables of the host `{host}`")
         if role in ("credentials", "private") and "_" in name and name not in types.ENVIRONMENT:
-            near = difflib.get_close_matches(name, types.ENVIRONMENT, n=1) or types.ENVIRONMENT
+            near = difflib.get_close_matches(name, types.ENVIRONMENT, n=1)
+            if role == "private" and not near:  # inventory plugins know more of it, such as private_dns_name
+                continue
+            near = near or [known for known in types.ENVIRONMENT if known.startswith(role)]
             problems.add(
                 f"`{name}` is no variable of an environment",
                 place,
@@ -150,6 +153,7 @@ def check_names(
             not name.startswith(("_", "ansible_"))
             and name not in types.options()
             and (near := difflib.get_close_matches(name, types.options(), n=1, cutoff=0.9))
+            and near[0] not in name  # our_app_source may be what app_source is made of
         ):
             problems.add(
                 f"`{name}` is no variable of any role",
@@ -160,7 +164,7 @@ def check_names(
 
 def check_reachable(problems: Problems, host: str, raw: Mapping[str, Any]) -> None:
     """A host has an address."""
-    if "ansible_host" not in raw and "ansible_host" in str(raw.get("private_address", "")):
+    if "ansible_host" not in raw and str(raw.get("private_address")) == "{{ ansible_host }}":
         problems.add(
             f"the host `{host}` has no address",
             "hosts.yml of the inventory",
@@ -568,7 +572,7 @@ def find_definitions(sources: list[str], extra: Iterable[str] = ()) -> dict[str,
 
 
 def strays(sources: Iterable[str], groups: Mapping[str, list[str]], nouns: Iterable[str]) -> list[str]:
-    """Files of variables that are read for no host, for their name is misspelled or of a host that has left."""
+    """Files of variables that are read for no host: their name is misspelled, or their host has left."""
     known = {"group": {*groups, *nouns}, "host": set(groups["all"])}
     roots = [Path(source) for source in sources if "," not in source]
     found = []
@@ -688,12 +692,21 @@ class Faults:
             name: wrong if "hostvars" in made_of else made_of & wrong
             for name, made_of in self._made_of.items()
         }
-        for (name, what, place, mend), of in self._hosts.items():
+        told = False
+        for name, what, place, mend in self._hosts:
             if any(name not in made_of.get(cause, ()) for cause in made_of.get(name, set()) - {name}):
                 continue
-            names = ", ".join(f"`{host}`" for host in of)
-            said = "every host" if len(of) == hosts > 1 else f"host{'s' if len(of) > 1 else ''} {names}"
-            problems.add(f"{what} ({said})", place, mend)
+            self._tell(problems, hosts, (name, what, place, mend))
+            told = True
+        for fault in [] if told else self._hosts:  # on different hosts they may follow from each other
+            self._tell(problems, hosts, fault)
+
+    def _tell(self, problems: Problems, hosts: int, fault: tuple[str, str, str, str]) -> None:
+        _, what, place, mend = fault
+        of = self._hosts[fault]
+        names = ", ".join(f"`{host}`" for host in of)
+        said = "every host" if len(of) == hosts > 1 else f"host{'s' if len(of) > 1 else ''} {names}"
+        problems.add(f"{what} ({said})", place, mend)
 
 
 def check_options(faults: Faults, host: str, variables: Variables, specs: dict[str, dict[str, Any]]) -> None:
@@ -715,9 +728,12 @@ def check_options(faults: Faults, host: str, variables: Variables, specs: dict[s
             faults.add(name, types.complaint(name, error), page, host, raw)
         except AnsibleError as error:
             if not secret or "credentials" not in references(given, raw):  # what it lacks is generated
-                locked = "vault" in str(error).lower()
+                locked = types.is_locked(error)
                 mend = types.UNLOCK if locked else "define what it refers to, or correct its template"
-                faults.add(name, f"`{name}` cannot be worked out: {error}", mend, host, raw)
+                said: Any = error
+                if secret and not locked and not isinstance(error, AnsibleUndefinedVariable):
+                    said = f"{type(error.__cause__ or error).__name__}; it is a secret, so no more is shown"
+                faults.add(name, f"`{name}` cannot be worked out: {said}", mend, host, raw)
         else:
             for fault in [] if secret else unfit(name, value, option):
                 faults.add(name, fault, page, host, raw)

@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
 from ansible import constants, context
 from ansible.plugins.callback import CallbackBase
 
@@ -47,18 +46,21 @@ def obstacle() -> tuple[str, str]:
 
 
 def nouns() -> list[str]:
-    """The tags that parts of a run have."""
-    plays = [
-        play
-        for path in (SETTINGS.parent / "playbooks").glob("*.yml")
-        for play in yaml.safe_load(path.read_text())
-    ]
-    found = [play.get("tags", []) for play in plays]
-    return sorted({tag for tags in found for tag in ([tags] if isinstance(tags, str) else tags)} - {"always"})
+    """The tags that parts of a run have: those of the nouns, each of which has a playbook and a role."""
+    playbooks, roles = (
+        {path.stem for path in SETTINGS.parent.glob(files)} for files in ("playbooks/*.yml", "roles/*")
+    )
+    return sorted(playbooks & roles - {"compose"})  # for no host
 
 
 def misuse(playbook: Any) -> tuple[str, str] | None:
-    """What in the options would not do what it seems to, and what to do about it."""
+    """What in the options would not do what it seems to, and what to do about it.
+
+    A playbook of the user's own, which may import these, has tags of its own.
+    """
+    file = Path(playbook._file_name).resolve()
+    if file != SETTINGS.parent / "site.yml" and file.parent != SETTINGS.parent / "playbooks":
+        return None
     part = (
         "for a part of site.yml: --tags NOUN, --skip-tags NOUN, or playbooks/NOUN.yml; the checks always run"
     )

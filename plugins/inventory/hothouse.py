@@ -62,7 +62,7 @@ def kind_of(path: str, loader: Any) -> str:
 
 def mend(kind: str, path: str, error: Exception) -> str:
     """What to do about a source that cannot be read."""
-    if "vault" in str(error).lower():
+    if types.is_locked(error):
         return types.UNLOCK
     if kind == "script":
         return f"run `{path} --list`; it has to print an inventory in JSON and to exit with 0"
@@ -102,7 +102,9 @@ class InventoryModule(BaseInventoryPlugin):
         except Exception as error:  # one that its loader does not foresee, too
             self._refuse(
                 f"-e or --extra-vars cannot be read: {' '.join(str(error).split())}",
-                "give NAME=VALUE, JSON, or @ and a file with YAML or JSON",
+                types.UNLOCK
+                if types.is_locked(error)
+                else "give NAME=VALUE, JSON, or @ and a file with YAML or JSON",
             )
         kind = ""
         try:
@@ -128,7 +130,9 @@ class InventoryModule(BaseInventoryPlugin):
                 f"The inventory names no host: {', '.join(sources)}",
                 "name the hosts of each group, as inventories/prod/hosts.yml does",
             )
-        if path == last:
+        # What only lists parts of a run needs no variables, and may not have the password for them.
+        listings = ("syntax", "listhosts", "listtasks", "listtags")
+        if path == last and "syntax" in context.CLIARGS and not any(map(context.CLIARGS.get, listings)):
             self._read_variables(inventory, loader, sources)
 
     def _read_variables(self, inventory: Any, loader: Any, sources: list[str]) -> None:
@@ -151,7 +155,7 @@ class InventoryModule(BaseInventoryPlugin):
             self._refuse(
                 f"The variables in {place if place.startswith(file) else file} cannot be read: "
                 f"{' '.join(str(error).split())}",
-                types.UNLOCK if "vault" in str(error).lower() else "correct the file",
+                types.UNLOCK if types.is_locked(error) else "correct the file",
             )
 
     def _refuse(self, what: str, mend: str) -> NoReturn:

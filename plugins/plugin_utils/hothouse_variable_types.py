@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from ansible._internal._templating._jinja_common import UndecryptableVaultError  # there is no public one
 from ansible.module_utils.common.validation import (
     check_type_bool,
     check_type_dict,
     check_type_float,
 )
+from ansible.parsing.vault import AnsibleVaultError, AnsibleVaultFormatError
 from ansible.template import trust_as_template
 from ansible.vars.manager import VariableManager
 
@@ -70,6 +72,15 @@ def options() -> dict[str, dict[str, Any]]:
             if name not in found or name.startswith(f"{role}_"):
                 found[name] = option
     return found
+
+
+def is_locked(error: BaseException | None) -> bool:
+    """Whether an error comes from something encrypted for which no password fits."""
+    while error:
+        if isinstance(error, AnsibleVaultError | AnsibleVaultFormatError | UndecryptableVaultError):
+            return True
+        error = error.__cause__
+    return False
 
 
 class WrongType(ValueError):

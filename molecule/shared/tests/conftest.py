@@ -266,6 +266,10 @@ def exchange(
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Only what is for this scenario: a module or a test that is not for each says so with the marker `scenarios`."""
+    known = {path.parent.name for path in REPOSITORY.glob("molecule/*/molecule.yml")}
+    for item in items:
+        for marker in item.iter_markers("scenarios"):
+            assert set(marker.args) <= known, f"{item.nodeid} is for scenarios that are not there"
     here = [
         item
         for item in items

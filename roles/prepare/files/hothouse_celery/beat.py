@@ -16,6 +16,7 @@ from redbeat.schedulers import RedBeatScheduler, get_redis
 from redis import RedisError
 
 from hothouse_celery import notify_systemd
+from hothouse_celery.logs import said
 from hothouse_celery.schedule import Entry, instant, refusals
 
 logger = get_logger(__name__)
@@ -64,7 +65,7 @@ class Scheduler(RedBeatScheduler):
     def __init__(self, app: Any, **options: Any) -> None:
         self.token = uuid.uuid4().hex
         self.host = socket.gethostname()
-        self.leading = False
+        self.leading = self.closed = False
         self.trouble = ""
         # What this process published last, for each entry: its slot, also if nobody could note that in Redis.
         self.sent: dict[str, str] = {}
@@ -126,7 +127,9 @@ class Scheduler(RedBeatScheduler):
         except SchedulingError as error:
             logger.error("Scheduler: Could not send, trying again: %s", error)
         except (Exception, SystemExit) as error:  # whatever a schedule of the application's own raises
-            logger.error("Scheduler: The schedule of %r fails, trying again: %r", entry.name, error)
+            if self.closed:  # the signal that ends beat closes it first
+                raise
+            logger.error("Scheduler: The schedule of %r fails, trying again: %s", entry.name, said(error))
         return STANDBY_SECONDS
 
     def apply_async(self, entry: Any, producer: Any = None, advance: bool = True, **options: Any) -> Any:
@@ -172,6 +175,7 @@ class Scheduler(RedBeatScheduler):
         return str(redis.hget(entry.key, "born"))
 
     def close(self) -> None:
+        self.closed = True
         try:
             self.run(RESIGN, self.lock_keys, self.token, self.host)
         except RedisError as error:

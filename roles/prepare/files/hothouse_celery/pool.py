@@ -12,6 +12,8 @@ from typing import IO, Any
 from celery.concurrency import asynpool
 from celery.utils.log import get_logger
 
+from hothouse_celery.logs import said
+
 logger = get_logger(__name__)
 
 
@@ -24,7 +26,8 @@ class ResultHandler(asynpool.ResultHandler):
                 return pickle.load(stream)
             except BaseException as error:  # also what would end this process
                 logger.error(
-                    "What a task raised cannot be read outside of its process, which is ended: %r", error
+                    "What a task raised cannot be read outside of its process, which is ended: %s",
+                    said(error),
                 )
                 with contextlib.suppress(LookupError, OSError):
                     os.kill(self.fileno_to_outq[fd].pid, signal.SIGKILL)

@@ -215,8 +215,8 @@ def take_in(members: list[str]) -> None:
     for member in members:
         try:
             revoked = loads(member)
-        except (ValueError, TypeError, LookupError, RecursionError):
-            continue  # not ours
+        except Exception:  # whatever a decoder raises; it is not ours
+            continue
         if not isinstance(revoked, list):
             if isinstance(revoked, str) and revoked not in state.revoked:
                 state.revoked.add(revoked)

@@ -105,7 +105,7 @@ class Consumer(messages.Consumer):
                 raise TaskRevokedError()
             if not isinstance(self.pool, prefork.TaskPool):
                 target = answering(self.stopping.in_task()(target))
-            request = options["callback"].__self__
+            request = getattr(options.get("callback"), "__self__", None)
             if isinstance(request, Request):  # and not of a class of the application's own
                 options["callback"] = request.on_answer
             return apply(target, *rest, **options)
