@@ -647,7 +647,7 @@ def unfit(name: str, value: Any, option: dict[str, Any]) -> list[str]:
         return found
     if option.get("type") == "int" and name.endswith("_port") and not is_port(value):
         return [f"{name}: {value} is no port; it has to be from 1 to 65535"]
-    if option.get("type") in ("int", "float") or name == "worker_pools":
+    if option.get("type") == "int" or name == "worker_pools":
         return [f"{name}: a number is below 0"] if is_negative(value) else []
     return []
 
