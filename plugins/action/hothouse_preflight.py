@@ -574,9 +574,8 @@ def find_definitions(sources: list[str], extra: Iterable[str] = ()) -> dict[str,
 def strays(sources: Iterable[str], groups: Mapping[str, list[str]], nouns: Iterable[str]) -> list[str]:
     """Files of variables that are read for no host: their name is misspelled, or their host has left."""
     known = {"group": {*groups, *nouns}, "host": set(groups["all"])}
-    roots = [Path(source) for source in sources if "," not in source]
     found = []
-    for folder in dict.fromkeys(root if root.is_dir() else root.parent for root in roots):
+    for folder in types.source_folders(sources):
         for kind, names in known.items():
             for path in sorted(folder.glob(f"{kind}_vars/[!.]*")):
                 name = path.stem if path.suffix in (".yml", ".yaml", ".json") else path.name
@@ -676,7 +675,7 @@ class Faults:
         self._made_of: dict[str, set[str]] = {}
 
     def add(self, name: str, what: str, mend: str, host: str, raw: Mapping[str, Any]) -> None:
-        given = types.GIVEN + name if types.GIVEN + name in raw else name
+        given = types.given_name(name, raw)
         self._made_of.setdefault(name, set()).update(references(given, raw))
         place = self._where.get(name, "group_vars")
         value = raw.get(given)
@@ -721,7 +720,7 @@ def check_options(faults: Faults, host: str, variables: Variables, specs: dict[s
             if option.get("required") and not secret:
                 faults.add(name, f"`{name}` is not set", page, host, raw)
             continue
-        given = types.GIVEN + name if types.GIVEN + name in raw else name
+        given = types.given_name(name, raw)
         try:
             value = types.convert(variables[given], option)
         except types.WrongType as error:

@@ -123,8 +123,7 @@ def environment_folder(sources: list[str]) -> str:
     It is the first one with common.yml in its group_vars: an overlay may stand before or behind it. Raises
     AnsibleFilterError if there is no folder at all, only names of hosts.
     """
-    paths = [Path(source) for source in sources if "," not in source]
-    folders = [path if path.is_dir() else path.parent for path in paths]
+    folders = types.source_folders(sources)
     if not folders:
         raise AnsibleFilterError("the inventory is no file and no folder; give -i inventories/ENV")
     own = (folder for folder in folders if (folder / "group_vars/all/common.yml").exists())

@@ -138,8 +138,7 @@ class InventoryModule(BaseInventoryPlugin):
     def _read_variables(self, inventory: Any, loader: Any, sources: list[str]) -> None:
         """Say which file of variables cannot be read. Ansible, which reads them later, does not always."""
         names = {"group_vars": inventory.groups, "host_vars": inventory.hosts}
-        roots = [Path(source) for source in sources if "," not in source]
-        for folder in dict.fromkeys(root if root.is_dir() else root.parent for root in roots):
+        for folder in types.source_folders(sources):
             for kind in names:
                 for name in names[kind]:
                     for file in loader.find_vars_files(str(folder / kind), name):

@@ -12,7 +12,7 @@ import ast
 import functools
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,17 @@ def options() -> dict[str, dict[str, Any]]:
             if name not in found or name.startswith(f"{role}_"):
                 found[name] = option
     return found
+
+
+def given_name(name: str, variables: Mapping[str, Any]) -> str:
+    """The name under which the variables of a host keep what was given as this variable."""
+    return GIVEN + name if GIVEN + name in variables else name
+
+
+def source_folders(sources: Iterable[str]) -> list[Path]:
+    """The folders of the sources of an inventory (paths, as they were given), each once; lists of hosts have none."""
+    paths = [Path(source) for source in sources if "," not in source]
+    return list(dict.fromkeys(path if path.is_dir() else path.parent for path in paths))
 
 
 def is_locked(error: BaseException | None) -> bool:
