@@ -120,6 +120,13 @@ install_tools() {
   [[ $1 == run ]] || printf '%s\n' "$key" >.venv/.hothouse-test
 }
 
+# make_key: that of the local hosts, which molecule/shared/create.yml gives them.
+make_key() {
+  [[ ! -e $state/ssh/id_ed25519 ]] || return 0
+  (umask 077 && mkdir -p "$state/ssh")
+  ssh-keygen -q -t ed25519 -N '' -C hothouse -f "$state/ssh/id_ed25519"
+}
+
 # lock up|test: one run at a time in this checkout. The lock is on the command's own file, so that none is left behind.
 lock() {
   exec {lock_fd}<"bin/$1"
