@@ -129,9 +129,10 @@ def test_a_task_that_kills_whoever_runs_it_ends_in_the_dead_letter_list(
 ) -> None:
     number = {"child": 20_000_000, "worker": 20_000_001}[victim]
     control.publish(hosts, "faults.poison", [[number, victim]])
-    before = int(hosts.run(hosts.primary(), "hothouse-redis-cli LLEN q:dead-letter"))
+    primary = hosts.primary()
+    before = int(hosts.run(primary, "hothouse-redis-cli LLEN q:dead-letter"))
     wait(
-        lambda: int(hosts.run(hosts.primary(), "hothouse-redis-cli LLEN q:dead-letter")) > before,
+        lambda: int(hosts.run(primary, "hothouse-redis-cli LLEN q:dead-letter")) > before,
         "the dead letter",
         (VISIBILITY_SECONDS + 10) * MOST_RUNS,
     )
