@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import ipaddress
+import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ansible.errors import AnsibleActionFail, AnsibleConnectionFailure
 from ansible.plugins.action import ActionBase
+
+sys.path.append(str(Path(__file__).parents[1] / "plugin_utils"))
+import hothouse_addresses as addresses  # found by the line above
 
 # Modules are no package that could be imported by name.
 _spec = importlib.util.spec_from_file_location(
@@ -37,7 +41,12 @@ def parse_session(text: str) -> Session | None:
     words = text.split()
     if len(words) != 4 or not (words[1].isdigit() and words[3].isdigit()):
         return None
-    return Session(words[0].partition("%")[0], int(words[1]), int(words[3]))
+    try:
+        address = ipaddress.ip_address(words[0].partition("%")[0])
+    except ValueError:  # sshd says UNKNOWN where it cannot tell
+        return None
+    mapped = address.ipv4_mapped if address.version == 6 else None  # what the firewall sees is IPv4
+    return Session(str(mapped or address), int(words[1]), int(words[3]))
 
 
 def is_accepted(session: Session, accepts: list[dict[str, Any]]) -> bool:
@@ -45,7 +54,7 @@ def is_accepted(session: Session, accepts: list[dict[str, Any]]) -> bool:
     address = ipaddress.ip_address(session.address)
     for rule in accepts:
         first, _, last = str(rule["port"]).partition("-")
-        near = [ipaddress.ip_network(text, strict=False) for text in rule.get("from") or []]
+        near = [addresses.network_of(text) for text in rule.get("from") or []]
         if (
             rule.get("protocol", "tcp") == "tcp"
             and int(first) <= session.port <= int(last or first)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
-import ipaddress
 import re
 import sys
 import tomllib
@@ -25,6 +24,7 @@ from cryptography.hazmat.primitives import serialization
 
 sys.path.append(str(Path(__file__).parents[1] / "plugin_utils"))
 import hothouse_variable_types as types  # found by the line above
+from hothouse_addresses import Address, NoAddressError, address_of, network_of, unreachable
 
 # Packages that the deployment itself needs in the application's lock file, and what for.
 NEEDED_PACKAGES = {
@@ -162,13 +162,25 @@ def check_names(
             )
 
 
-def check_reachable(problems: Problems, host: str, raw: Mapping[str, Any]) -> None:
-    """A host has an address."""
-    if "ansible_host" not in raw and str(raw.get("private_address")) == "{{ ansible_host }}":
+def check_reachable(problems: Problems, host: str, raw: Mapping[str, Any], where: dict[str, str]) -> None:
+    """A host has an address or a name, as SSH takes it."""
+    private = raw.get(types.given_name("private_address", raw))
+    if "ansible_host" not in raw and str(private) == "{{ ansible_host }}":
         problems.add(
             f"the host `{host}` has no address",
             "hosts.yml of the inventory",
             f"correct the name, or set ansible_host of `{host}`",
+        )
+    text = str(raw.get("ansible_host", ""))
+    if types.is_template(text) or not (set("[]:") & set(text)):
+        return
+    try:  # a zone is good for SSH
+        address_of(text.partition("%")[0])
+    except NoAddressError as error:
+        problems.add(
+            f"the ansible_host of `{host}` is {text}, which SSH cannot reach: it {error}",
+            where.get("ansible_host", "hosts.yml of the inventory"),
+            "write an address like 2001:db8::10 or 192.0.2.10, or a name; the port goes into ansible_port",
         )
 
 
@@ -248,26 +260,36 @@ def check_times(problems: Problems, values: dict[str, Any], where: dict[str, str
 
 def check_addresses(problems: Problems, addresses: dict[str, str], where: dict[str, str]) -> None:
     """Services bind their host's address, and firewalls let in others'. addresses: host → its private_address."""
-    first: dict[str, str] = {}
+    place = where.get(
+        "private_address", "private_address is ansible_host unless set; hosts.yml of the inventory"
+    )
+    first: dict[Address, str] = {}
     for host, text in addresses.items():
         try:
-            address = ipaddress.IPv4Address(text)
-        except ValueError:
-            fault = "which is no IPv4 address"
+            address = address_of(text)
+        except NoAddressError as error:
+            fault = f"which {error}"
         else:
-            if address.is_loopback or address.is_unspecified or address.is_multicast:
-                fault = "under which no other host reaches it"
-            elif text in first:
-                fault = f"which `{first[text]}` has too"
-            else:
-                first[text] = host
+            fault = unreachable(address) or (f"which `{first[address]}` has too" if address in first else "")
+            if not fault:
+                first[address] = host
                 continue
         problems.add(
             f"the private_address of `{host}` is {text}, {fault}",
-            where.get(
-                "private_address", "private_address is ansible_host unless set; hosts.yml of the inventory"
-            ),
-            f"set private_address of `{host}` to the IPv4 address under which the other hosts reach it",
+            place,
+            f"set private_address of `{host}` to the address, IPv4 or IPv6, under which the other hosts reach it",
+        )
+    families = {
+        version: [host for address, host in first.items() if address.version == version] for version in (4, 6)
+    }
+    if all(families.values()):
+        fewer, other = sorted(families, key=lambda version: len(families[version]))
+        names = ", ".join(f"`{host}`" for host in families[fewer])
+        problems.add(
+            f"the private_address of {names} is IPv{fewer}, that of the other hosts IPv{other}: what connects to an "
+            f"address of one family comes from an address of that family, which the firewalls would not know",
+            place,
+            "give all hosts a private_address of one family; ansible_host can be of either",
         )
 
 
@@ -289,13 +311,13 @@ def check_common(problems: Problems, name: str, values: dict[str, Any], where: d
         )
 
 
-def is_network(text: Any) -> bool:
-    """Whether a value is an address or a network."""
+def network_fault(text: Any) -> str:
+    """Why a value is no address and no network, to go on from "it"; nothing if it is one."""
     try:
-        ipaddress.ip_network(str(text), strict=False)
-    except ValueError:
-        return False
-    return True
+        network_of(str(text))
+    except NoAddressError as error:
+        return str(error)
+    return ""
 
 
 def is_port(text: Any) -> bool:
@@ -317,9 +339,9 @@ def check_firewall(problems: Problems, values: Mapping[str, Any], where: dict[st
                 "name addresses, drop the rule, or leave `from` out if anybody may come",
             )
     for name, text in networks:
-        if not is_network(text):
+        if fault := network_fault(text):
             problems.add(
-                f"{name}: {text} is no IP address and no network",
+                f"{name}: {text} {fault}",
                 where.get(name, "group_vars"),
                 "write it like 192.0.2.10, 192.0.2.0/24 or 2001:db8::/32; the firewall does not know names",
             )
@@ -375,6 +397,25 @@ def check_certificate(problems: Problems, variables: Mapping[str, Any], where: d
         )
 
 
+def check_server_names(
+    problems: Problems, host: str, variables: Mapping[str, Any], where: dict[str, str]
+) -> None:
+    """Addresses under which nginx answers are written as in its certificate."""
+    for key, name in [("nginx_server_name", variables["nginx_server_name"])] + [
+        ("nginx_alternative_names", name) for name in variables.get("nginx_alternative_names") or []
+    ]:
+        if not set("[]:%") & set(str(name)):
+            continue
+        try:
+            address_of(str(name))
+        except NoAddressError as error:
+            problems.add(
+                f"{key} of `{host}`: {name} {error}",
+                where.get(key, "group_vars"),
+                "write names, and addresses like 192.0.2.10 or 2001:db8::10, without a port",
+            )
+
+
 def check_acme(
     problems: Problems, host: str, variables: Mapping[str, Any], where: dict[str, str], taken: dict[str, str]
 ) -> None:
@@ -402,7 +443,7 @@ def check_acme(
         name = str(name).lower().rstrip(".")
         fault = (
             "is an address"
-            if is_network(name)
+            if not network_fault(name)
             else "has a wildcard, which needs a proof in DNS"
             if "*" in name
             else "means every machine to itself"
@@ -435,7 +476,7 @@ def smtp_fault(address: str) -> str | None:
         return "holds a password, which belongs into monitor_smtp_password"
     if (port or 465) != 465 if url.scheme == "smtps" else port == 465:
         return "does not fit: Alertmanager speaks TLS from the start on port 465, and there only"
-    if url.username and url.scheme == "smtp" and url.hostname not in ("localhost", "127.0.0.1"):
+    if url.username and url.scheme == "smtp" and url.hostname not in ("localhost", "127.0.0.1", "::1"):
         return "names a user without TLS, which would send the password in the clear"
     return None
 
@@ -771,7 +812,7 @@ class ActionModule(ActionBase):
             )
         for host in groups["all"]:
             check_names(problems, host, hostvars.raw_get(host), specs, where)
-            check_reachable(problems, host, hostvars.raw_get(host))
+            check_reachable(problems, host, hostvars.raw_get(host), where)
         if not problems:
             faults = Faults(where, extra)
             for host in groups["all"]:
@@ -835,6 +876,7 @@ class ActionModule(ActionBase):
         names: dict[str, str] = {}
         for host in groups["nginx"]:
             variables = everywhere[host]
+            check_server_names(problems, host, variables, where)
             if variables.get("nginx_tls") == "provided":
                 check_certificate(problems, variables, where)
             if variables.get("nginx_tls") == "acme":

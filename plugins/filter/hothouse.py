@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import fnmatch
 import hashlib
-import ipaddress
 import re
 import sys
 from pathlib import Path, PurePath
@@ -17,7 +16,8 @@ from ansible.errors import AnsibleFilterError
 from cryptography import x509
 
 sys.path.append(str(Path(__file__).parents[1] / "plugin_utils"))
-import hothouse_variable_types as types  # found by the line above
+import hothouse_addresses as addresses  # found by the line above
+import hothouse_variable_types as types
 
 # bcrypt writes base64 in an order of its own.
 BCRYPT_ALPHABET = str.maketrans(
@@ -144,7 +144,7 @@ def scrape_targets(hosts: list[Any], port: int, prometheus: str) -> list[dict[st
     return [
         {
             "instance": host["inventory_hostname"],
-            "address": f"{'127.0.0.1' if local else host['private_address']}:{port}",
+            "address": f"{'127.0.0.1' if local else addresses.bracketed(host['private_address'])}:{port}",
             "scheme": "http" if local else "https",
         }
         for host in hosts
@@ -188,6 +188,48 @@ def services_of(services: list[dict[str, Any]], name: str, hostvars: Any) -> lis
     return offered
 
 
+def servers_of(services: list[dict[str, Any]], name: str, hostvars: Any) -> dict[str, str]:
+    """The other hosts to which the host `name` connects for `private_services`, and their addresses."""
+    hosts = {
+        host
+        for service in services
+        if name in service["clients"]
+        for host in service["hosts"]
+        if host != name
+    }
+    return {host: hostvars[host]["private_address"] for host in sorted(hosts)}
+
+
+def route_faults(lines: list[str], own: str, servers: dict[str, str], hostvars: Any) -> list[str]:
+    """Which of its `servers` (as `servers_of` returns them) a host would not reach from its private_address `own`.
+
+    lines: what the host said, `route ADDRESS` and the answer of `ip route get` for each. A firewall lets in the
+    private_address alone, unless rules of its host's own let in more.
+    """
+    faults = []
+    for server, address in servers.items():
+        said = next((line for line in lines if line.startswith(f"route {address} ")), "")
+        source = re.search(r" src (\S+)", said)
+        if not source:
+            if "unreachable" in said or "No route" in said:
+                faults.append(f"has no way to {server} ({address})")
+            continue
+        found = addresses.address_of(source[1])
+        values = hostvars[server]
+        own_rules = values.get("prepare_firewall_rules") or []
+        if (
+            str(found) != own
+            and values.get("prepare_firewall", True)
+            and not any(
+                found in addresses.network_of(text)
+                for rule in own_rules
+                for text in rule.get("from") or ["0.0.0.0/0", "::/0"]
+            )
+        ):
+            faults.append(f"would connect to {server} ({address}) from {found}")
+    return faults
+
+
 def firewall_rules(
     services: list[dict[str, Any]],
     ssh_port: int,
@@ -220,9 +262,7 @@ def nft_rules(rules: list[dict[str, Any]]) -> list[str]:
     lines = []
     for rule in rules:
         end = f'{rule["protocol"]} dport {rule["port"]} accept comment "{rule["name"]}"'
-        networks: list[Any] = sorted(
-            {ipaddress.ip_network(text, strict=False) for text in rule["from"]}, key=str
-        )
+        networks: list[Any] = sorted({addresses.network_of(text) for text in rule["from"]}, key=str)
         if not networks:
             lines.append(end)
         for family, version in (("ip", 4), ("ip6", 6)):
@@ -467,6 +507,7 @@ class FilterModule:
         return {
             "as_specified": as_specified,
             "bcrypt_hash": bcrypt_hash,
+            "bracketed": addresses.bracketed,
             "certificate_expiry": certificate_expiry,
             "clock_skew": clock_skew,
             "copies": copies,
@@ -474,14 +515,17 @@ class FilterModule:
             "environment_folder": environment_folder,
             "firewall_rules": firewall_rules,
             "host_certificates": host_certificates,
+            "mail_domain": addresses.mail_domain,
             "nft_rules": nft_rules,
             "release_faults": release_faults,
             "redis_roles": redis_roles,
             "remains": remains,
             "remains_command": remains_command,
             "python_package": python_package,
+            "route_faults": route_faults,
             "rule_files": rule_files,
             "scrape_targets": scrape_targets,
+            "servers_of": servers_of,
             "services_of": services_of,
             "transport_obstacle": transport_obstacle,
             "worker_files": worker_files,

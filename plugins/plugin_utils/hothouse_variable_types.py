@@ -12,6 +12,7 @@ import ast
 import functools
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -28,6 +29,9 @@ from ansible.parsing.vault import AnsibleVaultError, AnsibleVaultFormatError
 from ansible.template import trust_as_template
 from ansible.vars.manager import VariableManager
 
+sys.path.append(str(Path(__file__).parent))
+import hothouse_addresses as addresses  # found by the line above
+
 ROLES = Path(__file__).parents[2] / "roles"
 
 # Before the name of a variable: its template, whose place is taken by one that converts.
@@ -43,7 +47,7 @@ ENVIRONMENT = {
     "credentials_replace": {"type": "bool"},
     "credentials_require_vault": {"type": "bool"},
     "environment_folder": {"type": "str"},
-    "private_address": {"type": "str"},
+    "private_address": {"type": "str", "address": True},
     "private_ca_certificates": {"type": "str"},
     "private_certificate": {"type": "str"},
     "private_key": {"type": "str"},
@@ -195,6 +199,8 @@ def convert(value: Any, option: Mapping[str, Any]) -> Any:
             raise WrongType(f"nothing (null) is not {EXPECTED[kind].partition(';')[0]}") from None
         said = repr(value)
         raise WrongType(f"{said if len(said) <= 200 else said[:200] + '…'} is not {EXPECTED[kind]}") from None
+    if option.get("address"):  # one form of each, to be compared with what Redis and the kernel say
+        return addresses.canonical(converted)
     parts: dict[Any, Mapping[str, Any]] = {}
     if kind == "list" and option.get("elements"):
         element = {**option, "type": option["elements"], "elements": None}
@@ -231,7 +237,8 @@ def apply_types(variables: dict[str, Any]) -> None:
     """Give the variables of a host their types. What cannot be converted stays, for the preflight to refuse."""
     for name in options().keys() & variables.keys():
         value, option = variables[name], options()[name]
-        if option.get("type", "str") == "str" and (isinstance(value, str) or is_template(value)):
+        as_is = option.get("type", "str") == "str" and not option.get("address")
+        if as_is and (isinstance(value, str) or is_template(value)):
             continue  # of a template too: a number that it gives is printed like its text
         if is_template(value):
             variables[GIVEN + name] = value

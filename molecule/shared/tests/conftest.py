@@ -130,6 +130,22 @@ class Stack:
     def address(self, host: str) -> str:
         return self.variables[host]["private_address"]
 
+    def place(self, host: str, port: int | str) -> str:
+        """Address and port of a host as they stand in a URL and in what ss prints."""
+        return place(self.address(host), port)
+
+    def addresses(self, host: str) -> list[str]:
+        """Every address of a host in its network, as this machine reaches it: those of one link with its end of it."""
+        route = subprocess.run(
+            ["ip", "-json", "route", "get", self.address(host)], capture_output=True, text=True, check=True
+        ).stdout
+        device = json.loads(route)[0]["dev"]
+        shown = json.loads(self.host(host).check_output("ip -json address show dev eth0"))[0]
+        return [
+            entry["local"] + (f"%{device}" if entry["local"].startswith("fe80:") else "")
+            for entry in shown["addr_info"]
+        ]
+
     @cached_property
     def _hosts(self) -> dict[str, Host]:
         config = REPOSITORY / f".hothouse/ssh/hothouse-molecule-{SCENARIO}.yml"
@@ -221,14 +237,14 @@ class Stack:
 
     def request(
         self, path: str, login: str | None = None, method: str = "GET", headers: dict[str, str] | None = None,
-        name: str | None = None, body: str | None = None,
+        name: str | None = None, body: str | None = None, address: str | None = None,
     ) -> Answer:  # fmt: skip
-        """What nginx answers over TLS, its certificate checked as a user would."""
+        """What nginx answers over TLS, its certificate checked as a user would; `address` is its private_address unless given."""
         nginx = self.group("nginx")[0]
         name = name or self.variables[nginx]["nginx_server_name"]
         context = ssl.create_default_context(cafile=str(self.ca_file))
         connection = http.client.HTTPSConnection(name)
-        plain = socket.create_connection((self.address(nginx), 443), timeout=30)
+        plain = socket.create_connection((address or self.address(nginx), 443), timeout=30)
         connection.sock = context.wrap_socket(plain, server_hostname=name)
         return exchange(connection, path, login, method, headers or {}, body)
 
@@ -243,6 +259,11 @@ class Stack:
         done = self.first("app").run(f"hothouse-run python -m hothouse_celery ping {shlex.quote(queue)}")
         assert done.rc == 0, done.stderr
         return json.loads(done.stdout)[queue]
+
+
+def place(address: str, port: int | str) -> str:
+    """Address and port as they stand in a URL and in what ss prints."""
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
 def exchange(

@@ -44,8 +44,8 @@ CONFIG = {
 }  # fmt: skip
 # Every name leads to the host itself, whatever the resolver of the machine thinks of it.
 RESOLVER = (
-    "pebble-challtestsrv -defaultIPv6 '' -dns01 127.0.0.1:8053 -http01 '' -https01 '' -tlsalpn01 ''"
-    " -management 127.0.0.1:8055 -defaultIPv4"
+    "pebble-challtestsrv -dns01 127.0.0.1:8053 -http01 '' -https01 '' -tlsalpn01 ''"
+    " -management 127.0.0.1:8055"
 )
 
 
@@ -69,7 +69,9 @@ class Acme:
 
     def start(self) -> None:
         run = "systemd-run --quiet --collect --setenv=PEBBLE_VA_NOSLEEP=1 --setenv=PEBBLE_WFE_NONCEREJECT=0"
-        self.host.check_output(f"{run} --unit=pebble-dns {RESOLVER} {self.stack.address(self.node)}")
+        address = self.stack.address(self.node)
+        four, six = ("''", address) if ":" in address else (address, "''")
+        self.host.check_output(f"{run} --unit=pebble-dns {RESOLVER} -defaultIPv4 {four} -defaultIPv6 {six}")
         self.host.check_output(
             f"{run} --unit=pebble pebble -config {FOLDER}/config.json -dnsserver 127.0.0.1:8053"
         )

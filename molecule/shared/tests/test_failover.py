@@ -187,7 +187,7 @@ def test_nodes_talk_to_each_other_by_tls_alone(stack: Stack) -> None:
             assert stack.redis("CONFIG", "GET", option, node=name).split() == [option, value]
         listening = stack.host(name).check_output("ss --no-header --listening --tcp --numeric --processes")
         ports = {line.split()[3] for line in listening.splitlines() if "redis-" in line}
-        assert ports == {f"{stack.address(name)}:{port}" for port in (6379, 26379)}
+        assert ports == {stack.place(name, port) for port in (6379, 26379)}
 
 
 def test_a_sentinel_that_is_frozen_is_seen(stack: Stack, wait: Callable[..., Any]) -> None:

@@ -25,6 +25,7 @@ RULES = "/etc/hothouse/firewall.nft"
 LISTED = "nft --stateless list table inet hothouse"
 LISTENER = "hothouse-test-listener"
 STRANGE_PORTS = (1234, 8000, 50000)  # of no service
+DHCPV6_PORT = 546  # of the client
 
 # Connects to many ports at once; a second packet follows the first after one second. Prints which of them answered.
 SCAN = """
@@ -56,29 +57,30 @@ for first in range(0, len(wanted), size):
         connection.close()
 print(json.dumps(seen))
 """
-# Accepts on these ports of an address and answers UDP; for IPv6 on every address.
+# Accepts on these ports of each address of the network device, unless a service does, and answers UDP there.
 LISTEN = """
-import json, os, select, socket, sys
-address, ports, ports6 = json.loads(sys.argv[1])
+import json, os, select, socket, subprocess, sys
+address, ports, others = json.loads(sys.argv[1])
+shown = json.loads(subprocess.check_output(["ip", "-json", "address", "show", "dev", "eth0"]))[0]["addr_info"]
+places = {entry["local"]: 0 for entry in shown} | {
+    entry["local"]: socket.if_nametoindex("eth0") for entry in shown if entry["scope"] == "link"
+}
 poll, held = select.epoll(), {}
-for family, where, kind, port in (
-    *((socket.AF_INET, address, socket.SOCK_STREAM, port) for port in ports),
-    *((socket.AF_INET6, "::", socket.SOCK_STREAM, port) for port in ports6),
-    *((socket.AF_INET, address, socket.SOCK_DGRAM, port) for port in ports),
-):
-    held_one = socket.socket(family, kind)
-    if family == socket.AF_INET6:
-        held_one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-    held_one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        held_one.bind((where, port))
-    except OSError:
-        continue
-    if kind == socket.SOCK_STREAM:
-        held_one.listen(100)
-    else:
-        poll.register(held_one, select.EPOLLIN)
-    held[held_one.fileno()] = held_one
+for where, zone in places.items():
+    family = socket.AF_INET6 if ":" in where else socket.AF_INET
+    for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
+        for port in ports if where == address else others:
+            held_one = socket.socket(family, kind)
+            held_one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                held_one.bind((where, port, 0, zone) if zone else (where, port))
+            except OSError:
+                continue
+            if kind == socket.SOCK_STREAM:
+                held_one.listen(100)
+            else:
+                poll.register(held_one, select.EPOLLIN)
+            held[held_one.fileno()] = held_one
 notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
 notify.sendto(b"READY=1", os.environ["NOTIFY_SOCKET"])
 while True:
@@ -124,7 +126,7 @@ def listening(stack: Stack, host: str) -> set[int]:
 @pytest.fixture(scope="module")
 def listeners(stack: Stack) -> Iterator[None]:
     """On every host something listens on the port of each service that nobody should reach there."""
-    everywhere = service_ports(stack) | set(STRANGE_PORTS)
+    everywhere = service_ports(stack) | {*STRANGE_PORTS, DHCPV6_PORT}
     for name in stack.variables:
         meant = set().union(*(allowed(stack, name, client) for client in stack.variables))
         arguments = json.dumps([stack.address(name), sorted(everywhere - meant), sorted(everywhere | meant)])
@@ -181,28 +183,51 @@ def test_open_ports_are_those_of_the_allow_list_from_every_host_and_from_outside
     }
 
 
-def test_ipv6_is_no_way_around_it(stack: Stack, listeners: None) -> None:
-    name = next(iter(stack.variables))
-    line = stack.host(name).check_output("ip -6 -oneline address show scope link dev eth0")
-    device = subprocess.run(
-        ["ip", "-oneline", "route", "get", stack.address(name)], capture_output=True, text=True, check=True
-    ).stdout.split(" dev ")[1].split()[0]  # fmt: skip
-    address = f"{line.split()[3].partition('/')[0]}%{device}"
-    ports = {*range(1, 100), *STRANGE_PORTS, *service_ports(stack), *public_ports(stack, name)}
-    assert scan(stack, None, {name: address}, ports) == {name: public_ports(stack, name)}
+def test_no_other_address_is_a_way_around_it(stack: Stack, listeners: None) -> None:
+    """Of IPv4, of IPv6, of the link: open is what is open to anybody, from outside and from another host."""
+    for name in stack.variables:
+        ports = {*range(1, 100), *STRANGE_PORTS, *service_ports(stack), *public_ports(stack, name)}
+        others = [address for address in stack.addresses(name) if address != stack.address(name)]
+        assert any(":" in address for address in others)
+        for address in others:
+            assert scan(stack, None, {name: address}, ports) == {name: public_ports(stack, name)}, address
+        beside = next((host for host in stack.variables if host != name), None)
+        for address in (address for address in others if beside and "%" not in address):
+            assert scan(stack, beside, {name: address}, ports) == {name: public_ports(stack, name)}, address
+
+
+def answers(address: str, port: int) -> bool:
+    """Whether a datagram from this machine is answered."""
+    family, kind, protocol, _, place = socket.getaddrinfo(address, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind, protocol) as sender:
+        sender.settimeout(0.5)
+        sender.sendto(b"hello", place)
+        try:
+            return sender.recv(100) == b"hello"
+        except TimeoutError:
+            return False
 
 
 def test_no_datagram_gets_in(stack: Stack, listeners: None) -> None:
     for name in stack.variables:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
-            sender.settimeout(0.5)
-            sender.sendto(b"hello", (stack.address(name), STRANGE_PORTS[0]))
-            with pytest.raises(TimeoutError):
-                sender.recv(100)
-        place = (stack.address(name), STRANGE_PORTS[0])
-        ask = f"import socket; s = socket.socket(type=2); s.settimeout(5); s.sendto(b'hello', {place}); "
-        ask += "print(s.recv(9).decode())"
-        assert stack.host(name).check_output(f'python3 -c "{ask}"') == "hello", "nobody would have answered"
+        assert not answers(stack.address(name), STRANGE_PORTS[0])
+        ask = "import socket, sys; s = socket.socket(socket.AF_INET6 if ':' in sys.argv[1] else socket.AF_INET, 2); "
+        ask += (
+            "s.settimeout(5); s.sendto(b'hello', (sys.argv[1], int(sys.argv[2]))); print(s.recv(9).decode())"
+        )
+        said = stack.host(name).check_output(f'python3 -c "{ask}" {stack.address(name)} {STRANGE_PORTS[0]}')
+        assert said == "hello", "nobody would have answered"
+
+
+def test_what_ipv6_lives_by_gets_in(stack: Stack, listeners: None) -> None:
+    """The answer of a DHCPv6 server on the link, whatever port it comes from, and who asks for the way to the host."""
+    name = next(iter(stack.variables))
+    link = next(address for address in stack.addresses(name) if "%" in address)
+    assert answers(link, DHCPV6_PORT) and not answers(link, STRANGE_PORTS[0])
+    assert not answers(stack.address(name), DHCPV6_PORT)
+    # Whom the host has forgotten it has to ask for anew.
+    stack.host(name).check_output("ip neighbour flush dev eth0")
+    assert answers(link, DHCPV6_PORT)
 
 
 def test_the_kernel_has_the_rules_that_the_next_start_loads(stack: Stack) -> None:

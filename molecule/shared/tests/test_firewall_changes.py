@@ -42,7 +42,10 @@ def test_a_rule_of_ones_own_opens_a_port_and_other_tables_stay(stack: Stack, lis
     name = stack.group("nginx")[0]
     host, port = stack.host(name), STRANGE_PORTS[1]
     target = {name: stack.address(name)}
-    gateway = stack.address(name).rpartition(".")[0] + ".1"
+    route = subprocess.run(
+        ["ip", "-json", "route", "get", stack.address(name)], capture_output=True, text=True, check=True
+    ).stdout
+    gateway = json.loads(route)[0]["prefsrc"]
     host.check_output("nft add table inet somebody")
     try:
         rule = json.dumps({"prepare_firewall_rules": [{"port": str(port), "from": [gateway]}]})

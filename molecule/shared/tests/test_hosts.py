@@ -20,22 +20,26 @@ def listening(stack: Stack, host: str) -> set[tuple[str, int]]:
 
 
 def allowed(stack: Stack, host: str) -> set[tuple[str, int]]:
-    """Every TCP socket that may listen there, from the inventory."""
+    """Every TCP socket that may listen there, from the inventory; IPv6 addresses in brackets, as ss prints them."""
     variables = stack.variables[host]
+    private, redis, mail = (
+        f"[{variables[name]}]" if ":" in str(variables[name]) else variables[name]
+        for name in ("private_address", "redis_listen_address", "mail_listen_address")
+    )
     sockets = {("0.0.0.0", 22), ("[::]", 22)}
     if "redis" in variables["group_names"]:
-        sockets |= {(variables["redis_listen_address"], 6379)}
-        sockets |= {(variables["private_address"], 26379)} if variables["redis_replicated"] else set()
+        sockets |= {(redis, 6379)}
+        sockets |= {(private, 26379)} if variables["redis_replicated"] else set()
     # HAProxy: in front of what has clients on other hosts, and the way to Redis.
-    sockets |= {(variables["private_address"], service["port"]) for service in variables["haproxy_services"]}
+    sockets |= {(private, service["port"]) for service in variables["haproxy_services"]}
     if variables["haproxy_redis_nodes"]:
         sockets |= {("127.0.0.1", 6379)} | ({("127.0.0.1", 8405)} if stack.group("monitor") else set())
     if "flower" in variables["group_names"]:
         sockets |= {("127.0.0.1", 5555)}
     if "nginx" in variables["group_names"]:
-        sockets |= {("0.0.0.0", 80), ("0.0.0.0", 443)}
-        if variables["nginx_development_port"]:
-            sockets |= {("0.0.0.0", int(variables["nginx_development_port"]))}
+        development = variables["nginx_development_port"]
+        for port in (80, 443, *([int(development)] if development else [])):
+            sockets |= {("0.0.0.0", port), ("[::]", port)}
     for part, port in (("node", 9100), ("redis", 9121), ("nginx", 9113)):
         if part in variables["monitor_parts"]:
             sockets |= {("127.0.0.1", port)}
@@ -44,7 +48,7 @@ def allowed(stack: Stack, host: str) -> set[tuple[str, int]]:
     if "server" in variables["monitor_parts"]:
         sockets |= {("127.0.0.1", port) for port in (9090, 9093, 9115)}
     if "mail" in variables["group_names"]:
-        sockets |= {(variables["mail_listen_address"], 1025)}
+        sockets |= {(mail, 1025)}
     return sockets
 
 

@@ -144,7 +144,7 @@ def test_nobody_else_gets_one(stack: Stack, stranger: Callable[[str], str]) -> N
 
 def test_plain_text_gets_no_answer(stack: Stack) -> None:
     for host, service in offered(stack):
-        ask = f"import urllib.request as r; r.urlopen('http://{stack.address(host)}:{service['port']}/', timeout=5)"
+        ask = f"import urllib.request as r; r.urlopen('http://{stack.place(host, service['port'])}/', timeout=5)"
         said = stack.host(service["clients"][0]).run(f'python3 -c "{ask}"').stderr
         assert "HTTP Error" not in said and ("closed" in said or "reset" in said), (
             host,
@@ -220,6 +220,6 @@ def test_redis_and_sentinel_offer_no_weak_tls(stack: Stack, port: int) -> None:
     host, client = stack.host(name), f"/run/hothouse-test-client-{port}.pem"
     host.check_output(f"umask 077 && cat {CERTIFICATE} {KEY} >{client}")
     try:
-        assert findings(host, f"{stack.address(name)}:{port}", CA, client=client, plain=True) == []
+        assert findings(host, stack.place(name, port), CA, client=client, plain=True) == []
     finally:
         host.run(f"rm {client}")
