@@ -56,6 +56,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     },
     "ca_file": {"type": "str"},
     "exclusive": {"type": "str"},
+    "exclusive_passwords": {"type": "str", "no_log": False},
 }
 
 
@@ -413,12 +414,16 @@ def generate(document: Document, options: dict[str, Any]) -> list[str]:
 
 
 def superfluous(document: Document, options: dict[str, Any]) -> list[str]:
-    """Names of certificates, with their keys, that were issued under `exclusive` and are wanted no more."""
-    prefix = options["exclusive"]
+    """Names of what is wanted no more: certificates, with their keys, that were issued under `exclusive`, and passwords
+    whose name begins with `exclusive_passwords`.
+    """
+    prefix, kind = options["exclusive"], options.get("exclusive_passwords")
+    found = [
+        name for name in document.entries if kind and name.startswith(kind) and name not in options["passwords"]
+    ]
     if not prefix:
-        return []
+        return found
     wanted = {certificate["name"] for certificate in options["certificates"]}
-    found = []
     for entry in document.entries:
         name = entry.removesuffix("_certificate")
         if entry == name or not name.startswith(prefix) or name in wanted or not document.has(f"{name}_key"):
@@ -451,9 +456,10 @@ def assert_names(options: dict[str, Any]) -> None:
                 f"The common name `{subject}` is longer than 64 characters. Set `common_name`."
             )
     for name in [*options["passwords"], *options["users"]]:
-        if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        # May hold the name of a login.
+        if not re.fullmatch(r"[a-z][A-Za-z0-9_.@-]*", name):
             raise AnsibleActionFail(
-                f"`{name}` cannot name a credential: use lower-case letters, digits and _ only."
+                f"`{name}` cannot name a credential: use letters, digits and _ . @ - only, a lower-case letter first."
             )
     for name in wanted:
         if wanted.count(name) > 1:

@@ -41,6 +41,7 @@ COMMON_VARIABLES = (
     "credentials_ca_file",
     "credentials_file",
     "credentials_require_vault",
+    "flower_readers",
     "monitor_app_gauges",
     "nginx_server_name",
     "redis_port",
@@ -461,6 +462,26 @@ def check_acme(
                 "give names that lead to this host alone in DNS, or set nginx_tls to own_ca or provided",
             )
         taken.setdefault(name, host)
+
+
+def check_readers(problems: Problems, names: list[str], where: dict[str, str]) -> None:
+    """Logins that may only look: each can be one, and is another than the others."""
+    seen: dict[str, str] = {}
+    for name in names:
+        fault = (
+            "a login has 1 to 64 ASCII letters, digits and . _ @ -, a letter or digit first"
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}", name)
+            else f"{seen[name.lower()]!r} is one already, and people do not tell them apart"
+            if name.lower() in seen
+            else None
+        )
+        if fault:
+            problems.add(
+                f"flower_readers: {name!r} cannot be a login; {fault}",
+                where.get("flower_readers", "group_vars"),
+                "give each reader a name of its own, or remove it",
+            )
+        seen.setdefault(name.lower(), name)
 
 
 def smtp_fault(address: str) -> str | None:
@@ -888,6 +909,8 @@ class ActionModule(ActionBase):
                     where.get("nginx_overview", "group_vars"),
                     "leave the page on, or the group `monitor` empty",
                 )
+        # The same everywhere, as was checked above.
+        check_readers(problems, everywhere[groups["flower"][0]]["flower_readers"], where)
         for host in groups.get("monitor", []):
             check_monitor(problems, everywhere[host], where)
         for host in groups["app"]:

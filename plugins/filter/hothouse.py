@@ -10,6 +10,7 @@ import sys
 from pathlib import Path, PurePath
 from string import ascii_lowercase, ascii_uppercase, digits
 from typing import Any
+from urllib.parse import urlsplit
 
 import bcrypt
 from ansible.errors import AnsibleFilterError
@@ -415,6 +416,47 @@ def bcrypt_hash(password: str, user: str, rounds: int = 10) -> str:
     return bcrypt.hashpw(password.encode(), f"$2b${rounds:02d}${letters}".encode()).decode()
 
 
+def host_names(names: list[str]) -> list[str]:
+    """Names and addresses as clients write them into Host and SNI: lower case, IDNA, an IPv6 address in brackets."""
+    found = []
+    for name in names:
+        try:
+            addresses.address_of(name)
+            found.append(addresses.bracketed(name))
+        except addresses.NoAddressError:
+            text = name.rstrip(".").lower()
+            found.append(text if text.isascii() else text.encode("idna").decode())
+    return list(dict.fromkeys(found))
+
+
+def leads_home(name: str) -> bool:
+    """Whether a name or address means every machine to itself, so that no other host can be asked under it."""
+    try:
+        return addresses.address_of(name).is_loopback
+    except addresses.NoAddressError:
+        return name.rstrip(".").lower().rpartition(".")[2] == "localhost"
+
+
+def asked_name(url: str, names: list[str]) -> str:
+    """Under which name or address to ask at `url` for what has these names, the first of which is its own.
+
+    That of the URL itself; but where it has an address which is not among the names, the first of them.
+    """
+    host = urlsplit(url).hostname or ""
+    try:
+        address = str(addresses.address_of(host))
+    except addresses.NoAddressError:
+        return host
+    return host if {address, f"[{address}]"} & set(host_names(names)) else names[0]
+
+
+def nginx_exactly(text: str) -> str:
+    """A key of a `map` of nginx that matches this text alone; a plain key would match in any case of letters."""
+    pattern = rf"~^{re.escape(text)}\z"
+    escaped = pattern.replace("\\", r"\\").replace('"', r"\"")
+    return f'"{escaped}"'
+
+
 def certificate_expiry(pem: str) -> int:
     """When the first certificate of a chain expires, in Unix time."""
     return int(x509.load_pem_x509_certificate(pem.encode()).not_valid_after_utc.timestamp())
@@ -506,6 +548,7 @@ class FilterModule:
     def filters(self) -> dict[str, Any]:
         return {
             "as_specified": as_specified,
+            "asked_name": asked_name,
             "bcrypt_hash": bcrypt_hash,
             "bracketed": addresses.bracketed,
             "certificate_expiry": certificate_expiry,
@@ -515,8 +558,11 @@ class FilterModule:
             "environment_folder": environment_folder,
             "firewall_rules": firewall_rules,
             "host_certificates": host_certificates,
+            "host_names": host_names,
+            "leads_home": leads_home,
             "mail_domain": addresses.mail_domain,
             "nft_rules": nft_rules,
+            "nginx_exactly": nginx_exactly,
             "release_faults": release_faults,
             "redis_roles": redis_roles,
             "remains": remains,

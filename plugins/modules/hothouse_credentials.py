@@ -69,6 +69,9 @@ options:
       - How the names of some certificates begin, such as C(host_). Those that begin so, were issued for the name
         that follows and are not in O(certificates) are removed with their keys.
     type: str
+  exclusive_passwords:
+    description: How the names of some passwords begin. Those that begin so and are not in O(passwords) are removed.
+    type: str
   ca_file:
     description: Where to write the authority's public certificate for clients, mode 0644.
     type: str

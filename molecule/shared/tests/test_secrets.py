@@ -92,7 +92,7 @@ def test_ansible_prints_no_secret_however_verbose(stack: Stack, wait: Callable[.
     for name in stack.variables:
         stack.host(name).run(
             "rm -f /etc/hothouse/credentials/* /etc/redis/users.acl /etc/nginx/hothouse.key "
-            "/etc/nginx/hothouse.htpasswd /etc/nginx/hothouse-monitor.conf "
+            "/etc/nginx/hothouse.htpasswd /etc/nginx/hothouse-logins.conf /etc/nginx/hothouse-monitor.conf "
             "/etc/prometheus/hothouse/web.yml /etc/prometheus/hothouse/alertmanager.yml"
         )
     done = stack.playbook("-vvv", "--diff", "site.yml")
