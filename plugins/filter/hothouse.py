@@ -337,6 +337,12 @@ def release_faults(asked: dict[str, dict[str, Any]]) -> list[str]:
     return faults
 
 
+def upgrade_time(slot: int) -> str:
+    """The time of day, HH:MM, at which the host with this number upgrades: from 2 o'clock on, 20 minutes each."""
+    minutes = (2 * 60 + int(slot) * 20) % (24 * 60)
+    return f"{minutes // 60:02}:{minutes % 60:02}"
+
+
 def redis_roles(nodes: dict[str, str], said: dict[str, Any]) -> dict[str, Any]:
     """Who is the primary of these nodes (name → address), from what they said themselves.
 
@@ -574,6 +580,7 @@ class FilterModule:
             "servers_of": servers_of,
             "services_of": services_of,
             "transport_obstacle": transport_obstacle,
+            "upgrade_time": upgrade_time,
             "worker_files": worker_files,
             "worker_instances": worker_instances,
             "worker_queues": worker_queues,

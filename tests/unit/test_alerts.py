@@ -128,6 +128,7 @@ LIMITS = {
     "redis_memory_percent": "RedisMemoryHigh",
     "certificate_days": "CertificateExpiring",
     "disk_percent": "DiskFull",
+    "reboot_days": "RebootNeeded",
     "clock_skew_seconds": "ClockSkew",
 }
 

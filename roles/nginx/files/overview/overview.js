@@ -372,6 +372,7 @@ const SCRAPED = 'time() - max by (job) (max_over_time((time() * (up{job=~"flower
 const OURS = '{__name__=~"hothouse:task_.+|hothouse_queue_.+|hothouse_unacked_.+|hothouse_dead_letters|hothouse_unknown_tasks?|' +
   'hothouse_schedulers|hothouse_app|hothouse_hung_service|hothouse_watchdog_restarts_total|hothouse_sentinels|' +
   'hothouse_redis_(primary|primaries|replicas|sentinels)|hothouse_acme_renewal_failed|' +
+  'hothouse_restart_needed|hothouse_reboot_needed_since_seconds|' +
   'redis_(up|master_link_up|memory_used_bytes|memory_max_bytes)|haproxy_backend_active_servers"}';
 /** What ended within the window, counted as the alerts count it. */
 const EVENTS = 'sum by (task, type) (hothouse:flower_events:increase{type=~"task-succeeded|task-failed"})';
@@ -622,6 +623,23 @@ function showUpkeep(series, of) {
       state: failing.length ? "failing" : "none failed",
       meaning: `Hosts whose last attempt at the certificate of these pages failed. ${failing.join(", ")}`.trim(),
     });
+  }
+  const reboots = of("hothouse_reboot_needed_since_seconds");
+  if (reboots.length) {
+    const old = of("hothouse_restart_needed").map(({ metric }) => `${metric.name} on ${metric.instance}`).sort();
+    const waiting = reboots.filter(({ value }) => value > 0).map(({ metric }) => metric.instance).sort();
+    rows.push(
+      {
+        what: "Services to restart", level: old.length ? "warn" : "good", number: digits(old.length),
+        state: old.length ? "run old code" : "none",
+        meaning: `An update replaced what they run. ${old.join(", ")}`.trim(),
+      },
+      {
+        what: "Hosts to reboot", level: waiting.length ? "warn" : "good", number: digits(waiting.length),
+        state: waiting.length ? "waiting" : "none",
+        meaning: `An update, mostly of the kernel, wants it. ${waiting.join(", ")}`.trim(),
+      },
+    );
   }
   const values = series("hothouse_app", "name");
   for (const { name, help, alert_above: limit } of gauges) {
