@@ -133,14 +133,16 @@ def test_one_three_or_five_redis_hosts_are_fine(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize("address", ["redis1.example.com", "2001:db8::10"])
-def test_an_address_that_services_cannot_bind_is_refused(tmp_path: Path, address: str) -> None:
+@pytest.mark.parametrize(
+    ("address", "reason"), [("redis1.example.com", "is no IP address"), ("fe80::10%eth0", "has a zone")]
+)
+def test_an_address_that_services_cannot_bind_is_refused(tmp_path: Path, address: str, reason: str) -> None:
     inventory = Inventory(tmp_path / "inventories", "prod")
     document = yaml.safe_load((inventory.path / "hosts.yml").read_text())
     document["all"]["hosts"]["redis1"]["ansible_host"] = address
     (inventory.path / "hosts.yml").write_text(yaml.safe_dump(document))
     message = inventory.refusal()
-    assert f"the private_address of `redis1` is {address}, which is no IPv4 address" in message
+    assert f"the private_address of `redis1` is {address}, which {reason}" in message
     assert "2. " not in message.partition("nothing was touched.")[2]
 
 
@@ -150,6 +152,12 @@ def test_an_address_that_services_cannot_bind_is_refused(tmp_path: Path, address
         ("198.51.100.11", "which `redis1` has too"),
         ("127.0.0.1", "under which no other host reaches it"),
         ("0.0.0.0", "under which no other host reaches it"),
+        ("::1", "under which no other host reaches it"),
+        ("ff02::1", "under which no other host reaches it"),
+        ("fe80::1", "which is good on one link only"),
+        ("::192.0.2.1", "which is no address of a host"),
+        ("::ffff:198.51.100.99", "which is an IPv4 address in the form of IPv6; write 198.51.100.99"),
+        ("[2001:db8::1]", "which is in brackets"),
     ],
 )
 def test_an_address_that_is_not_the_hosts_alone_is_refused(tmp_path: Path, address: str, fault: str) -> None:
@@ -157,7 +165,75 @@ def test_an_address_that_is_not_the_hosts_alone_is_refused(tmp_path: Path, addre
     document = yaml.safe_load((inventory.path / "hosts.yml").read_text())
     document["all"]["hosts"]["redis2"]["private_address"] = address
     (inventory.path / "hosts.yml").write_text(yaml.safe_dump(document))
-    assert f"the private_address of `redis2` is {address}, {fault}" in inventory.refusal()
+    shown = {"::192.0.2.1": "::c000:201"}.get(address, address)
+    assert f"the private_address of `redis2` is {shown}, {fault}" in inventory.refusal()
+
+
+def prod_with(tmp_path: Path, **values: dict[str, Any]) -> Inventory:
+    """inventories/prod with these variables of its hosts, and IPv6 addresses for all of them."""
+    inventory = Inventory(tmp_path / "inventories", "prod")
+    document = yaml.safe_load((inventory.path / "hosts.yml").read_text())
+    for number, (name, host) in enumerate(document["all"]["hosts"].items(), 10):
+        host["ansible_host"] = f"2001:db8::{number}"
+        host.update(values.get(name, {}))
+    (inventory.path / "hosts.yml").write_text(yaml.safe_dump(document))
+    return inventory
+
+
+def test_addresses_of_ipv6_are_fine_and_so_are_names_and_zones_for_ssh(tmp_path: Path) -> None:
+    inventory = prod_with(
+        tmp_path,
+        redis1={"ansible_host": "redis1.example.com", "private_address": "2001:DB8:0::00a1"},
+        redis2={"ansible_host": "fe80::2%eth0", "private_address": "2001:db8::a2"},
+        redis3={"ansible_host": "198.51.100.13", "private_address": "2001:db8::a3"},
+    )
+    done = inventory.check()
+    assert done.returncode == 0, done.stdout
+
+
+def test_one_address_in_two_spellings_is_one(tmp_path: Path) -> None:
+    message = prod_with(tmp_path, redis2={"ansible_host": "2001:0DB8:0:0::10"}).refusal()
+    assert "the private_address of `redis2` is 2001:db8::10, which `redis1` has too" in message
+
+
+def test_addresses_of_two_families_are_refused(tmp_path: Path) -> None:
+    message = prod_with(tmp_path, worker1={"private_address": "198.51.100.21"}).refusal()
+    assert "the private_address of `worker1` is IPv4, that of the other hosts IPv6" in message
+    assert "2. " not in message.partition("nothing was touched.")[2]
+
+
+@pytest.mark.parametrize(
+    ("address", "reason"),
+    [
+        ("[2001:db8::5]", "is in brackets"),
+        ("2001:db8::5::1", "is no IP address"),
+        ("192.0.2.5:22", "is no IP address"),
+    ],
+)
+def test_an_address_that_ssh_does_not_read_is_refused(
+    inventory: Inventory, address: str, reason: str
+) -> None:
+    document = yaml.safe_load((inventory.path / "hosts.yml").read_text())
+    document["all"]["hosts"]["staging1"]["ansible_host"] = address
+    (inventory.path / "hosts.yml").write_text(yaml.safe_dump(document))
+    message = inventory.refusal()
+    assert f"the ansible_host of `staging1` is {address}, which SSH cannot reach: it {reason}" in message
+    assert "hosts.yml:" in message and "ansible_port" in message
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"nginx_server_name": "[2001:db8::1]"}, "nginx_server_name of `staging1`: [2001:db8::1] is in brackets"),
+        ({"nginx_alternative_names": ["a", "fe80::1%eth0"]}, "nginx_alternative_names of `staging1`: fe80::1%eth0 has a"),
+        ({"nginx_alternative_names": ["192.0.2.1:443"]}, "192.0.2.1:443 is no IP address"),
+    ],
+)  # fmt: skip
+def test_an_address_of_nginx_that_is_none_is_refused(
+    inventory: Inventory, values: dict[str, Any], said: str
+) -> None:
+    inventory.set(**values)
+    assert said in inventory.refusal()
 
 
 @pytest.mark.parametrize(
@@ -636,6 +712,9 @@ def test_alerts_that_reach_nobody_are_worth_a_warning(inventory: Inventory) -> N
 @pytest.mark.parametrize(
     ("values", "said"),
     [
+        ({"prepare_ssh_addresses": ["fe80::1%eth0"]}, "prepare_ssh_addresses: fe80::1%eth0 has a zone"),
+        ({"prepare_ssh_addresses": ["[2001:db8::1]"]}, "prepare_ssh_addresses: [2001:db8::1] is in brackets"),
+        ({"prepare_ssh_addresses": ["::ffff:192.0.2.1"]}, "an IPv4 address in the form of IPv6; write 192.0.2.1"),
         ({"prepare_ssh_addresses": ["office.example.com"]}, "office.example.com is no IP address and no network"),
         ({"prepare_firewall_rules": [{"port": "8125", "from": ["10.0.0.0/33"]}]}, "10.0.0.0/33 is no IP address"),
         ({"prepare_firewall_rules": [{"port": "70000"}]}, "prepare_firewall_rules: 70000 is no port"),

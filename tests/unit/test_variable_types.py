@@ -39,7 +39,11 @@ def values(inventory: str) -> dict[str, dict[str, Any]]:
     return {
         host: defaults()
         # What render.yml makes the host say, and what is only given to a single run.
-        | {"prepare_debian": 12 if host == "local1" else 13, "credentials_replace": False}
+        | {
+            "prepare_debian": 12 if host == "local1" else 13,
+            "credentials_replace": False,
+            "prepare_ipv6": True,
+        }
         | {name: value for name, value in json.loads(results[0]["msg"]).items() if value != "not set"}
         for host, results in hosts.items()
     }

@@ -83,6 +83,20 @@ def test_tls_is_verified_on_both_sides(
                 connection.connect()
 
 
+@pytest.mark.parametrize("scheme", ["hothouse", "redis"])
+def test_the_broker_may_have_an_ipv6_address(
+    tmp_path: Path, notebook: Notebook, start_worker: Callable[..., Worker], scheme: str
+) -> None:
+    with running(tmp_path / "redis", "bind ::1 127.0.0.1") as server:
+        login = "worker:worker@" if scheme == "hothouse" else ""
+        address = f"{scheme}://{login}[::1]:{server.port}/0"
+        start_worker(server, address)
+        publisher(server, address)(range(20))
+        wait_until(lambda: len(notebook.done()) == 20)
+        clients = [client["addr"].rpartition(":")[0] for client in server.admin.client_list()]
+        assert clients.count("127.0.0.1") == 1 and clients.count("[::1]") == len(clients) - 1 > 0  # ours is the one
+
+
 def test_workers_and_publishers_follow_a_failover_of_sentinel(
     tmp_path: Path, notebook: Notebook, start_worker: Callable[..., Worker]
 ) -> None:

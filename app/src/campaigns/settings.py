@@ -31,7 +31,8 @@ class Smtp:
     reply_seconds: int
 
     def __str__(self) -> str:
-        return f"{self.security}://{self.host}:{self.port}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{self.security}://{host}:{self.port}"
 
 
 def check_seconds() -> int:
