@@ -1,6 +1,7 @@
 """Counts words. It names a broker of its own, which the deployment replaces, and reads a setting and a secret."""
 
 import os
+import signal
 from pathlib import Path
 
 from celery import Celery
@@ -20,3 +21,22 @@ def tick() -> str:
     """What the deployment handed over: the setting, and how long the secret is."""
     secret = Path(os.environ["CREDENTIALS_DIRECTORY"], "tally_key").read_text().strip()
     return f"{os.environ['TALLY_GREETING']} {len(secret)}"
+
+
+@queue.task(name="tally.reach")
+def reach(files: list[str], pids: list[int]) -> tuple[list[str], dict[int, str]]:
+    """Which of the files a task can read, and what keeps it from sending a signal to each of the processes."""
+    read, refused = [], {}
+    for file in files:
+        try:
+            Path(file).read_bytes()
+            read.append(file)
+        except OSError:
+            pass
+    for pid in pids:
+        try:
+            os.kill(pid, signal.SIGCONT)
+            refused[pid] = "nothing"
+        except OSError as error:
+            refused[pid] = type(error).__name__
+    return read, refused
