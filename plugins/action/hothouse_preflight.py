@@ -186,7 +186,7 @@ def check_pools(problems: Problems, host: str, pools: list[dict[str, Any]], wher
             problems.add(f"two worker pools of `{host}` are called `{name}`", where, "rename one of them")
 
 
-# What was measured: docs/security.md, Memory. MiB of a worker's main process, of each child, and of one without children.
+# MiB that were measured (docs/security.md): a worker's main process, each child, and a worker without children.
 WORKER_MB, CHILD_MB, THREADS_MB = 48, 24, 64
 LEAST_MB = {"beat_memory_max_mb": 96, "monitor_prometheus_memory_max_mb": 128}
 # Variables of a role that `check_memory` looks at.

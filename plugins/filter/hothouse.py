@@ -26,10 +26,10 @@ BCRYPT_ALPHABET = str.maketrans(
 
 
 def worker_instances(pools: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One entry per pool and replica: the `name` of the unit's instance, the worker's `options`, `queues`, `memory_max`.
+    """One entry per pool and replica: the `name` of the unit's instance, the worker's `options`, and its `queues`.
 
-    Sizes in `…_mb` are MiB, limits are seconds; keys as in roles/worker/meta/argument_specs.yml. `memory_max` is for
-    systemd's MemoryMax=.
+    Sizes in `…_mb` are MiB, limits are seconds; keys as in roles/worker/meta/argument_specs.yml. `memory_max` of an
+    entry is for systemd's MemoryMax=.
     """
     instances = []
     for pool in pools:
@@ -82,7 +82,7 @@ def environment_words(words: list[str]) -> str:
 
 
 def worker_files(instances: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Entries for hothouse_files: the options of each instance of celery-worker@.service, and what memory it may have."""
+    """Entries for hothouse_files: the options of each instance of celery-worker@.service, and its limit of memory."""
     return [
         entry
         for instance in instances

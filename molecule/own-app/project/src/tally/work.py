@@ -2,7 +2,9 @@
 
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from celery import Celery
 
@@ -24,19 +26,18 @@ def tick() -> str:
 
 
 @queue.task(name="tally.reach")
-def reach(files: list[str], pids: list[int]) -> tuple[list[str], dict[int, str]]:
+def reach(files: list[str], pids: list[int]) -> tuple[list[str], list[str]]:
     """Which of the files a task can read, and what keeps it from sending a signal to each of the processes."""
-    read, refused = [], {}
-    for file in files:
-        try:
-            Path(file).read_bytes()
-            read.append(file)
-        except OSError:
-            pass
-    for pid in pids:
-        try:
-            os.kill(pid, signal.SIGCONT)
-            refused[pid] = "nothing"
-        except OSError as error:
-            refused[pid] = type(error).__name__
-    return read, refused
+    return (
+        [file for file in files if not obstacle(Path(file).read_bytes)],
+        [obstacle(os.kill, pid, signal.SIGCONT) for pid in pids],
+    )
+
+
+def obstacle(action: Callable[..., Any], *arguments: Any) -> str:
+    """The name of the error that an action ends with; nothing if it succeeds."""
+    try:
+        action(*arguments)
+    except OSError as error:
+        return type(error).__name__
+    return ""
