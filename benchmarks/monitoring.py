@@ -166,7 +166,7 @@ def load_average() -> str:
 def as_flower(broker_url: Path, *words: str) -> list[str]:
     """A command under systemd, as the account and with the settings of Flower."""
     return [
-        "systemd-run", "--quiet", "--collect", "--property=User=hothouse",
+        "systemd-run", "--quiet", "--collect", "--property=User=hothouse-flower",
         f"--property=LoadCredential=broker_url:{broker_url}", "--setenv=PYTHONPATH=/opt/hothouse/lib",
         "--setenv=HOTHOUSE_SETTINGS=/etc/hothouse/flower.json", *words,
     ]  # fmt: skip
@@ -270,7 +270,7 @@ def start_redis() -> None:
         str(WORK),
     ]
     words += ["--client-output-buffer-limit", "pubsub 0 0 0"]
-    run = ["systemd-run", "--quiet", "--collect", f"--unit={SECOND_REDIS}", "--property=User=hothouse"]
+    run = ["systemd-run", "--quiet", "--collect", f"--unit={SECOND_REDIS}", "--property=User=hothouse-flower"]
     subprocess.run(run + words, check=True)
     wait(socket_file.exists, "Redis", 10)
 
@@ -311,7 +311,7 @@ def on_the_host(options: argparse.Namespace) -> bool:
     if WORK.exists():
         sys.exit(f"{WORK} exists: another run is under way, or was killed; then remove it")
     WORK.mkdir()
-    shutil.chown(WORK, "hothouse", "hothouse")
+    shutil.chown(WORK, "hothouse-flower", "hothouse-flower")
     try:
         shutil.copyfile(FLOWER_STATE, WORK / "before.db")
         kept_budget = under_load(options.seconds, options.rate, options.queue)

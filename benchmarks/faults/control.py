@@ -46,8 +46,8 @@ def run(hosts: Hosts, tasks: Tasks, kills: int, visibility: float) -> int:
     hosts.run(host, f"mkdir -p /run/fault && cat >/run/fault/control.py <<'END'{APPLICATION}END")
     hosts.run(
         host,
-        f"systemd-run --quiet --unit {UNIT} --property=User=hothouse --property=Restart=always --property=RestartSec=0 "
-        "--property=StartLimitIntervalSec=0 --property=EnvironmentFile=/etc/hothouse/app.env "
+        f"systemd-run --quiet --unit {UNIT} --property=User=hothouse-worker --property=Restart=always "
+        "--property=RestartSec=0 --property=StartLimitIntervalSec=0 --property=EnvironmentFile=/etc/hothouse/app.env "
         "--property=LoadCredential=broker_url:/etc/hothouse/credentials/worker_broker_url "
         "--setenv=PYTHONPATH=/run/fault:/opt/hothouse/lib /opt/hothouse/app/current/bin/celery --app control "
         "worker --concurrency 4 --without-gossip --without-mingle --hostname control@fault",

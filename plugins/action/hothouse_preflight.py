@@ -199,6 +199,59 @@ def check_pools(problems: Problems, host: str, pools: list[dict[str, Any]], wher
             problems.add(f"two worker pools of `{host}` are called `{name}`", where, "rename one of them")
 
 
+# MiB that were measured (docs/security.md): a worker's main process, each child, and a worker without children.
+WORKER_MB, CHILD_MB, THREADS_MB = 48, 24, 64
+LEAST_MB = {"beat_memory_max_mb": 96, "monitor_prometheus_memory_max_mb": 128}
+# Variables of a role that `check_memory` looks at.
+MEMORY_LIMITS = {
+    "beat": ["beat_memory_max_mb"],
+    "flower": ["flower_max_tasks", "flower_memory_max_mb"],
+    "monitor": ["monitor_prometheus_memory_max_mb"],
+}
+
+
+def check_memory(problems: Problems, values: Mapping[str, Any], where: dict[str, str]) -> None:
+    """Each limit of memory, in MiB, leaves what the service needs before it has done anything."""
+    for pool in values.get("worker_pools", []):
+        if pool.get("memory_max_mb") is None:
+            continue
+        limit, prefork = pool["memory_max_mb"], pool.get("pool", "prefork") == "prefork"
+        children = pool.get("concurrency", 2)
+        most = pool.get("max_memory_per_child_mb") or 0
+        need = WORKER_MB + CHILD_MB * (children - 1) + max(CHILD_MB, most) if prefork else THREADS_MB
+        if limit < need:
+            problems.add(
+                f"memory_max_mb of the worker pool `{pool['name']}` is {limit}, but a worker of it needs {need}: "
+                + (
+                    f"{WORKER_MB} and {CHILD_MB} for each of {children} processes"
+                    + (
+                        f", of which one may grow to {most} (max_memory_per_child_mb)"
+                        if most > CHILD_MB
+                        else ""
+                    )
+                    if prefork
+                    else "it would be ended before its first task"
+                ),
+                where.get("worker_pools", "worker_pools"),
+                f"set it to at least {need}, better to twice that"
+                + (", or lower concurrency" if prefork and children > 1 else "")
+                + ", or leave it out",
+            )
+    tasks = values.get("flower_max_tasks", 0)
+    needs = LEAST_MB | {"flower_memory_max_mb": 128 + tasks * 16 // 1000}
+    for name, need in needs.items():
+        if name in values and values[name] < need:
+            flower = name.startswith("flower_")
+            problems.add(
+                f"{name} is {values[name]}, but it needs {need}"
+                + (f": 128, and 16 for each 1,000 of flower_max_tasks ({tasks})" if flower else ""),
+                where.get(
+                    name, where.get("flower_max_tasks", "the default of the role") if flower else "group_vars"
+                ),
+                f"set it to at least {need}" + (", or lower flower_max_tasks" if flower else ""),
+            )
+
+
 def check_queue_names(problems: Problems, queues: Mapping[str, list[Any]], where: dict[str, str]) -> bool:
     """Whether each name can be that of a queue. queues: variable → the names in it."""
     before = len(problems)
@@ -915,6 +968,8 @@ class ActionModule(ActionBase):
             check_monitor(problems, everywhere[host], where)
         for host in groups["app"]:
             check_environment(problems, everywhere[host]["app_environment"], where)
+        for host, variables in everywhere.items():
+            check_memory(problems, self._limits(groups, host, variables), where)
         consumed: dict[str, list[str]] = {}
         published: list[str] = []
         usable = True
@@ -948,6 +1003,17 @@ class ActionModule(ActionBase):
     def _variables(self, hostvars: Any, host: str) -> Variables:
         raw = {**hostvars.raw_get(host), "hostvars": hostvars}
         return Variables(raw, self._templar.copy_with_new_env(available_variables=raw))
+
+    def _limits(self, groups: dict[str, list[str]], host: str, variables: Variables) -> dict[str, Any]:
+        """What `check_memory` takes: the limits of what the host runs."""
+        limits: dict[str, Any] = {}
+        for role, names in MEMORY_LIMITS.items():
+            if host in groups.get(role, []):
+                defaults = self._defaults(role)
+                limits |= {name: int(variables.get(name, defaults[name])) for name in names}
+        if host in groups["worker"]:
+            limits["worker_pools"] = variables["worker_pools"]
+        return limits
 
     def _defaults(self, role: str) -> dict[str, Any]:
         path = Path(self._task._role._role_path).parent / role / "defaults/main.yml"

@@ -27,9 +27,10 @@ BCRYPT_ALPHABET = str.maketrans(
 
 
 def worker_instances(pools: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One entry per pool and replica: the `name` of the unit's instance, the worker's `options` and its `queues`.
+    """One entry per pool and replica: the `name` of the unit's instance, the worker's `options`, and its `queues`.
 
-    Sizes in `max_memory_per_child_mb` are MiB, limits are seconds; keys as in roles/worker/meta/argument_specs.yml.
+    Sizes in `…_mb` are MiB, limits are seconds; keys as in roles/worker/meta/argument_specs.yml. `memory_max` of an
+    entry is for systemd's MemoryMax=.
     """
     instances = []
     for pool in pools:
@@ -52,6 +53,7 @@ def worker_instances(pools: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "name": f"{pool['name']}-{replica}",
                 "options": options,
                 "queues": list(pool["queues"]),
+                "memory_max": f"{int(pool['memory_max_mb'])}M" if pool.get("memory_max_mb") else "infinity",
             }
             for replica in range(1, int(pool.get("replicas", 1)) + 1)
         ]
@@ -81,19 +83,45 @@ def environment_words(words: list[str]) -> str:
 
 
 def worker_files(instances: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Entries for hothouse_files: the options of each instance, read by the unit celery-worker@.service."""
+    """Entries for hothouse_files: the options of each instance of celery-worker@.service, and its limit of memory."""
     return [
-        {
-            "path": f"/etc/hothouse/worker-{instance['name']}.env",
-            "content": "# roles/worker: a pool of worker_pools in the inventory\n"
-            f"WORKER_OPTIONS={environment_words(instance['options'])}\n",
-        }
+        entry
         for instance in instances
+        for folder in [f"/etc/systemd/system/celery-worker@{instance['name']}.service.d"]
+        for entry in (
+            {
+                "path": f"/etc/hothouse/worker-{instance['name']}.env",
+                "content": "# roles/worker: a pool of worker_pools in the inventory\n"
+                f"WORKER_OPTIONS={environment_words(instance['options'])}\n",
+            },
+            {"path": folder, "state": "directory"},
+            {
+                "path": f"{folder}/memory.conf",
+                "content": "# roles/worker: memory_max_mb of a pool of worker_pools in the inventory\n"
+                f"[Service]\nMemoryMax={instance['memory_max']}\n",
+            },
+        )
     ]
 
 
+def memory_wanted(pools: list[dict[str, Any]], redis: str = "0") -> int:
+    """MiB that the workers of a host, those with a limit, and Redis may take together.
+
+    `redis` as in its configuration: a number of bytes, or one with k, kb, m, mb, g or gb.
+    """
+    workers = sum(int(pool.get("memory_max_mb") or 0) * int(pool.get("replicas", 1)) for pool in pools)
+    match = re.fullmatch(r"(\d+)([kmg]?)(b?)", str(redis).strip().lower())
+    if not match:
+        raise AnsibleFilterError(f"redis_maxmemory: {redis!r} is no size such as 256mb")
+    unit = (1024 if match[3] else 1000) ** ("", "k", "m", "g").index(match[2])
+    return workers + int(match[1]) * unit // 1024**2
+
+
 def worker_units(instances: list[dict[str, Any]], restart_after: list[str]) -> list[dict[str, Any]]:
-    """Entries for hothouse_units: each instance enabled, started, and restarted after its files changed."""
+    """Entries for hothouse_units: each instance enabled, started, and restarted after its files changed.
+
+    Not after its limit of memory did: systemd puts that in force for a worker that runs.
+    """
     return [
         {
             "name": f"celery-worker@{instance['name']}.service",
@@ -567,6 +595,7 @@ class FilterModule:
             "host_names": host_names,
             "leads_home": leads_home,
             "mail_domain": addresses.mail_domain,
+            "memory_wanted": memory_wanted,
             "nft_rules": nft_rules,
             "nginx_exactly": nginx_exactly,
             "release_faults": release_faults,

@@ -420,6 +420,55 @@ def test_a_stop_timeout_below_the_soft_shutdown_is_refused(inventory: Inventory)
     assert "worker_stop_timeout_seconds (30) is below 75" in inventory.refusal()
 
 
+@pytest.mark.parametrize(
+    ("pool", "need"),
+    [
+        ({"memory_max_mb": 95}, "is 95, but a worker of it needs 96: 48 and 24 for each of 2 processes"),
+        ({"memory_max_mb": 0, "concurrency": 1}, "is 0, but a worker of it needs 72"),
+        ({"memory_max_mb": 400, "concurrency": 16}, "needs 432: 48 and 24 for each of 16 processes"),
+        ({"memory_max_mb": 300, "max_memory_per_child_mb": 400}, "of which one may grow to 400"),
+        ({"memory_max_mb": 63, "pool": "threads"}, "needs 64: it would be ended before its first task"),
+        ({"memory_max_mb": 10, "pool": "solo"}, "needs 64"),
+    ],
+)  # fmt: skip
+def test_a_limit_of_memory_that_no_worker_could_keep_is_refused(
+    inventory: Inventory, pool: dict[str, Any], need: str
+) -> None:
+    inventory.set(worker_pools=[{"name": "default", "queues": ["default", "email_senders"], **pool}])
+    message = inventory.refusal()
+    assert "memory_max_mb of the worker pool `default`" in message and need in message
+    assert "main.yml:" in message and "set it to at least" in message
+
+
+def test_limits_of_memory_below_what_services_need_are_refused_at_once(inventory: Inventory) -> None:
+    """Flower's need follows from what it keeps."""
+    inventory.group("monitor", {"hosts": {"staging1": {}}})
+    inventory.set(flower_max_tasks=100000, beat_memory_max_mb=95, monitor_prometheus_memory_max_mb=127)
+    message = inventory.refusal()
+    assert faults(message) == 3, message
+    assert (
+        "flower_memory_max_mb is 512, but it needs 1728: 128, and 16 for each 1,000 of flower_max_tasks (100000)"
+        in message
+    )
+    assert "beat_memory_max_mb is 95, but it needs 96" in message
+    assert "monitor_prometheus_memory_max_mb is 127, but it needs 128" in message
+
+
+def test_limits_of_memory_that_services_can_keep_are_fine(inventory: Inventory) -> None:
+    pools = [
+        {"name": "a", "queues": ["default"], "memory_max_mb": 96},
+        {
+            "name": "b",
+            "queues": ["email_senders"],
+            "pool": "threads",
+            "concurrency": 50,
+            "memory_max_mb": "64",
+        },
+    ]
+    inventory.set(worker_pools=pools, beat_memory_max_mb=96, flower_memory_max_mb=208)
+    assert inventory.check().returncode == 0
+
+
 def test_an_application_without_a_lock_file_is_refused(inventory: Inventory, tmp_path: Path) -> None:
     project = tmp_path / "project"
     shutil.copytree(BUNDLE / "molecule/own-app/project", project)

@@ -169,6 +169,41 @@ def test_instances_are_pools_times_replicas() -> None:
     assert list(filters.worker_queues(hosts)) == ["a-1@w1", "a-2@w1", "b-1@w1", "a-1@w2", "a-2@w2", "b-1@w2"]
 
 
+def test_each_instance_has_its_options_and_its_limit_of_memory() -> None:
+    pools = [
+        {"name": "a", "queues": ["x"], "replicas": 2, "memory_max_mb": 300},
+        {"name": "b", "queues": ["z"]},
+    ]
+    files = {
+        entry["path"]: entry.get("content") for entry in filters.worker_files(filters.worker_instances(pools))
+    }
+    folder = "/etc/systemd/system/celery-worker@"
+    assert [path for path, content in files.items() if content is None] == [
+        f"{folder}{name}.service.d" for name in ("a-1", "a-2", "b-1")
+    ]
+    for name, limit in (("a-1", "300M"), ("a-2", "300M"), ("b-1", "infinity")):
+        assert str(files[f"{folder}{name}.service.d/memory.conf"]).endswith(f"[Service]\nMemoryMax={limit}\n")
+        assert f"/etc/hothouse/worker-{name}.env" in files
+    # systemd puts a new limit in force for a worker that runs.
+    for unit in filters.worker_units(filters.worker_instances(pools), ["/etc/hothouse/app.env"]):
+        assert not [path for path in unit["restart_after"] if "memory" in path]
+
+
+@pytest.mark.parametrize(
+    ("redis", "mebibytes"),
+    [("0", 0), ("256mb", 256), ("1GB", 1024), ("1g", 953), ("2097152", 2), ("2048k", 1), (" 512kb ", 0)],
+)
+def test_what_redis_and_workers_may_take_is_known_in_mebibytes(redis: str, mebibytes: int) -> None:
+    pools = [{"name": "a", "memory_max_mb": 100, "replicas": 3}, {"name": "b"}]
+    assert filters.memory_wanted([], redis) == mebibytes
+    assert filters.memory_wanted(pools, redis) == mebibytes + 300
+
+
+def test_a_size_that_is_none_is_refused() -> None:
+    with pytest.raises(filters.AnsibleFilterError, match="redis_maxmemory: 'much' is no size such as 256mb"):
+        filters.memory_wanted([], "much")
+
+
 def test_a_login_has_one_hash_which_only_its_password_opens() -> None:
     text = filters.bcrypt_hash("secret", "ops", 4)
     assert text == filters.bcrypt_hash("secret", "ops", 4) != filters.bcrypt_hash("secret", "monitor", 4)

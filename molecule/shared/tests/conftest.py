@@ -77,7 +77,7 @@ class Stack:
             "group_names", "worker_pools", "app_queues", "app_celery", "nginx_server_name",
             "nginx_tls", "credentials_file", "container_name", "redis_listen_address", "redis_replicated",
             "nginx_development_port", "mail_listen_address", "ansible_port", "monitor_parts", "private_tls",
-            "haproxy_redis_nodes", "haproxy_services",
+            "haproxy_redis_nodes", "haproxy_services", "prepare_nouns",
         )  # fmt: skip
         return self.values(names)
 

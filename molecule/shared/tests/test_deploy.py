@@ -180,6 +180,36 @@ def test_a_pool_that_is_taken_out_of_the_inventory_is_stopped(stack: Stack, wait
     assert stack.ping("email_senders")
 
 
+def test_a_new_limit_of_memory_is_in_force_without_a_restart(stack: Stack) -> None:
+    """For the pool that it is for, and for no other."""
+
+    def limits() -> dict[str, str]:
+        units = [unit for unit in stack.units("local1") if unit.startswith("celery-worker@")]
+        shown = stack.first("worker").check_output(f"systemctl show --value -p MemoryMax {' '.join(units)}")
+        return dict(zip(units, shown.split(), strict=True))
+
+    before, old = started(stack), limits()
+    first, *others = stack.variables["local1"]["worker_pools"]
+    extra = Path(stack.credentials_file.parent / "pools.yml")
+    extra.write_text(json.dumps({"worker_pools": [{**first, "memory_max_mb": 777}, *others]}))
+    try:
+        stack.playbook("playbooks/worker.yml", "-e", f"@{extra}")
+        changed = {unit: limit for unit, limit in limits().items() if limit != old[unit]}
+    finally:
+        extra.unlink()
+        stack.playbook("playbooks/worker.yml")
+    assert changed == {f"celery-worker@{first['name']}-1.service": str(777 * 1024**2)}
+    assert limits() == old
+    assert started(stack) == before
+
+
+def test_limits_of_memory_above_what_the_host_has_are_told(stack: Stack) -> None:
+    done = stack.playbook("--check", "playbooks/prepare.yml", "-e", "prepare_memory_mb=99999999")
+    message = " ".join(done.stdout.split())
+    assert "but Redis and the workers that have a limit may take 99999999 together" in message
+    assert "local1 has 0 MiB" not in message and "changed=0" in message
+
+
 def test_redis_comes_back_and_the_workers_with_it(stack: Stack, wait: Callable[..., Any]) -> None:
     assert stack.redis("ACL", "LOG") in ("", "(empty array)"), "a restart would forget it"
     stack.first("redis").check_output("systemctl kill --signal=KILL redis-server.service")

@@ -234,7 +234,7 @@ def test_tasks_show_the_columns_of_the_guide(stack: Stack) -> None:
 
 def test_the_state_of_flower_is_kept_on_disk(stack: Stack, wait: Callable[..., Any]) -> None:
     folder = stack.first("flower").file("/var/lib/hothouse/flower")
-    assert (folder.user, folder.mode & 0o022) == ("hothouse", 0)
+    assert (folder.user, folder.mode) == ("hothouse-flower", 0o700)
     wait(
         lambda: stack.first("flower").run("ls /var/lib/hothouse/flower").stdout.strip(), "the saved state", 90
     )

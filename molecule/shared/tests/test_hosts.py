@@ -93,7 +93,7 @@ def test_the_stop_of_a_worker_gives_tasks_back(stack: Stack) -> None:
             "always",
             "notify",
         )
-        assert (properties["TimeoutStopUSec"], properties["User"]) == ("30s", "hothouse")
+        assert (properties["TimeoutStopUSec"], properties["User"]) == ("30s", "hothouse-worker")
         assert "REMAP_SIGTERM=SIGQUIT" in properties["Environment"]
         assert properties["OOMPolicy"] == "continue"
 
