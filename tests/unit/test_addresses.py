@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import yaml
-from conftest import BUNDLE, ENVIRONMENT, ansible, load_plugin, render
+from conftest import BUNDLE, ENVIRONMENT, ansible, load_plugin, render, shipped
 
 addresses = load_plugin("plugin_utils/hothouse_addresses")
 filters = load_plugin("filter/hothouse")
@@ -288,15 +288,18 @@ def test_nginx_listens_on_ipv6_where_the_kernel_knows_it(prod: dict[str, dict[st
     def listens(text: str) -> list[str]:
         return re.findall(r"^\s+listen (.+);$", text, re.MULTILINE)
 
-    page = listens(prod["nginx1"]["/etc/nginx/nginx.conf"])
-    public = [line for line in page if not line.startswith(("[::]", "127."))]
-    assert len(public) == 4 and [line for line in page if line.startswith("[::]")] == [
-        f"[::]:{line}" for line in public
-    ]
+    pages = [prod["nginx1"], shipped("local")["local1"]["rendered"]]
+    for page in (listens(files["/etc/nginx/nginx.conf"]) for files in pages):
+        public = [line for line in page if not line.startswith(("[::]", "127."))]
+        assert public
+        assert sorted(line for line in page if line.startswith("[::]")) == sorted(
+            f"[::]:{line}" for line in public
+        )
+        # Of each port one server is there for who knows no name.
+        ports = {line.split()[0] for line in public}
+        assert {line.split()[0] for line in public if "default_server" in line} == ports
     # render.yml has it say that staging1 knows no IPv6.
-    without = listens(
-        render("-i", BUNDLE / "inventories/staging")["staging1"]["rendered"]["/etc/nginx/nginx.conf"]
-    )
+    without = listens(shipped("staging")["staging1"]["rendered"]["/etc/nginx/nginx.conf"])
     assert without and not any("::" in line for line in without)
 
 
