@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import socket
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import yaml
-from conftest import BUNDLE, ansible, load_plugin, render
+from conftest import BUNDLE, ENVIRONMENT, ansible, load_plugin, render, shipped
 
 addresses = load_plugin("plugin_utils/hothouse_addresses")
 filters = load_plugin("filter/hothouse")
@@ -262,6 +263,11 @@ def test_each_service_reads_the_addresses_as_it_wants_them(prod: dict[str, dict[
     rules = redis["/etc/hothouse/firewall.nft"]
     assert 'ip6 saddr { 2001:db8:1::/48 } tcp dport 22 accept comment "ssh"' in rules
     assert re.search(r'ip6 saddr \{ 2001:db8::a1, [^}]*\} tcp dport 6379 accept comment "redis"', rules)
+    for kind in (
+        "nd-neighbor-solicit", "nd-neighbor-advert", "nd-router-advert", "mld-listener-query", "echo-request",
+        "destination-unreachable", "packet-too-big", "time-exceeded", "parameter-problem",
+    ):  # fmt: skip
+        assert re.search(rf"icmpv6 type {{[^}}]*\b{kind}\b[^}}]*}} accept", rules), kind
     page = prod["nginx1"]["/etc/nginx/nginx.conf"]
     assert "server [2001:db8::a5]:5555;" in page and "proxy_pass https://[2001:db8::a7]:9090;" in page
     assert "server_name ops.example.com [2001:db8::a6] 192.0.2.6;" in page
@@ -282,15 +288,18 @@ def test_nginx_listens_on_ipv6_where_the_kernel_knows_it(prod: dict[str, dict[st
     def listens(text: str) -> list[str]:
         return re.findall(r"^\s+listen (.+);$", text, re.MULTILINE)
 
-    page = listens(prod["nginx1"]["/etc/nginx/nginx.conf"])
-    public = [line for line in page if not line.startswith(("[::]", "127."))]
-    assert len(public) == 4 and [line for line in page if line.startswith("[::]")] == [
-        f"[::]:{line}" for line in public
-    ]
+    pages = [prod["nginx1"], shipped("local")["local1"]["rendered"]]
+    for page in (listens(files["/etc/nginx/nginx.conf"]) for files in pages):
+        public = [line for line in page if not line.startswith(("[::]", "127."))]
+        assert public
+        assert sorted(line for line in page if line.startswith("[::]")) == sorted(
+            f"[::]:{line}" for line in public
+        )
+        # Of each port one server is there for who knows no name.
+        ports = {line.split()[0] for line in public}
+        assert {line.split()[0] for line in public if "default_server" in line} == ports
     # render.yml has it say that staging1 knows no IPv6.
-    without = listens(
-        render("-i", BUNDLE / "inventories/staging")["staging1"]["rendered"]["/etc/nginx/nginx.conf"]
-    )
+    without = listens(shipped("staging")["staging1"]["rendered"]["/etc/nginx/nginx.conf"])
     assert without and not any("::" in line for line in without)
 
 
@@ -307,3 +316,15 @@ def test_the_urls_of_redis_hold_an_ipv6_address(tmp_path: Path) -> None:
             f"__{role}_credentials"
         ]["broker_url"]
         assert "@{{ redis_address | bracketed }}:{{ redis_port }}/" in broker
+
+
+@pytest.mark.parametrize("scenario", ["staging", "prod"])
+def test_a_machine_without_ipv6_is_told_so_before_a_host_is_made(scenario: str) -> None:
+    done = subprocess.run(
+        ["ansible-playbook", "-i", f"inventories/{scenario}", "-i", f"molecule/{scenario}/inventory",
+         "molecule/shared/create.yml", "--check", "-e", '{"__has_ipv6": false}'],
+        cwd=BUNDLE, env=ENVIRONMENT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    said = " ".join(done.stdout.split())
+    assert done.returncode != 0 and "the kernel of this machine has no IPv6, or it is switched off" in said
+    assert "See which containers exist" not in said

@@ -225,7 +225,7 @@ def test_an_address_that_ssh_does_not_read_is_refused(
     ("values", "said"),
     [
         ({"nginx_server_name": "[2001:db8::1]"}, "nginx_server_name of `staging1`: [2001:db8::1] is in brackets"),
-        ({"nginx_alternative_names": ["a", "fe80::1%eth0"]}, "nginx_alternative_names of `staging1`: fe80::1%eth0 has a"),
+        ({"nginx_alternative_names": ["a", "fe80::1%eth0"]}, "`staging1`: fe80::1%eth0 has a zone"),
         ({"nginx_alternative_names": ["192.0.2.1:443"]}, "192.0.2.1:443 is no IP address"),
     ],
 )  # fmt: skip

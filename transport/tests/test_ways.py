@@ -93,10 +93,9 @@ def test_the_broker_may_have_an_ipv6_address(
         start_worker(server, address)
         publisher(server, address)(range(20))
         wait_until(lambda: len(notebook.done()) == 20)
+        # This test's own connection is the one by IPv4.
         clients = [client["addr"].rpartition(":")[0] for client in server.admin.client_list()]
-        assert (
-            clients.count("127.0.0.1") == 1 and clients.count("[::1]") == len(clients) - 1 > 0
-        )  # ours is the one
+        assert clients.count("127.0.0.1") == 1 and clients.count("[::1]") == len(clients) - 1 > 0
 
 
 def test_workers_and_publishers_follow_a_failover_of_sentinel(

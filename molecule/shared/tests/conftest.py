@@ -239,7 +239,7 @@ class Stack:
         self, path: str, login: str | None = None, method: str = "GET", headers: dict[str, str] | None = None,
         name: str | None = None, body: str | None = None, address: str | None = None,
     ) -> Answer:  # fmt: skip
-        """What nginx answers over TLS, its certificate checked as a user would. `address` of nginx: its private_address."""
+        """What nginx answers over TLS, its certificate checked as a user would. `address`: its private_address."""
         nginx = self.group("nginx")[0]
         name = name or self.variables[nginx]["nginx_server_name"]
         context = ssl.create_default_context(cafile=str(self.ca_file))

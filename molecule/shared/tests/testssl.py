@@ -45,6 +45,7 @@ def findings(
     checks = CHECKS.replace("--headers ", "") if plain else CHECKS
     options = [f"--add-ca {ca_file}"]
     options += [f"--ip {address}"] if address else []
+    options += ["-6"] if ":" in address or target.startswith("[") else []
     options += [f"--mtls {client}"] if client else []
     folder = host.check_output("mktemp --directory")
     try:
