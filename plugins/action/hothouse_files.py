@@ -17,6 +17,7 @@ from ansible.errors import (
     AnsibleUndefinedVariable,
 )
 from ansible.module_utils.common.text.converters import to_bytes
+from ansible.parsing.vault import VaultLib, VaultSecretsContext
 from ansible.plugins.action import ActionBase
 from ansible.template import Templar, trust_as_template
 
@@ -78,11 +79,12 @@ class ActionModule(ActionBase):
         if not _is_vaulted(path):
             return path.read_bytes()
         entry["secret"] = True
-        decrypted = self._loader.get_real_file(str(path))
+        # In memory: a file with what was decrypted would outlive a run that is killed.
+        secrets = VaultSecretsContext.current().secrets or []
         try:
-            return Path(decrypted).read_bytes()
-        finally:
-            self._loader.cleanup_tmp_file(decrypted)
+            return bytes(VaultLib(secrets).decrypt(path.read_bytes()))
+        except AnsibleError as error:
+            raise AnsibleActionFail(f"{entry['path']}: source {entry['source']!r}: {error}") from None
 
     def _render(self, entry: Entry, task_vars: dict[str, Any]) -> bytes:
         """Do what ansible.builtin.template does, except for its template_* variables."""

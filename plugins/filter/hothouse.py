@@ -20,6 +20,10 @@ sys.path.append(str(Path(__file__).parents[1] / "plugin_utils"))
 import hothouse_addresses as addresses  # found by the line above
 import hothouse_variable_types as types
 
+# What a Sentinel remembers of the primary, as it writes it down.
+EPOCH = re.compile(r"sentinel config-epoch hothouse ([0-9]{1,18})")
+MONITOR = re.compile(r"sentinel monitor hothouse ([!-~]+) [0-9]{1,5} [0-9]+")
+
 # bcrypt writes base64 in an order of its own.
 BCRYPT_ALPHABET = str.maketrans(
     f"{ascii_uppercase}{ascii_lowercase}{digits}+/", f"./{ascii_uppercase}{ascii_lowercase}{digits}"
@@ -386,9 +390,9 @@ def redis_roles(nodes: dict[str, str], said: dict[str, Any]) -> dict[str, Any]:
 
     views = []
     for found in lines.values():
-        words = [line.split() for line in found if line.startswith("sentinel ")]
-        epochs = [int(word[3]) for word in words if word[1] == "config-epoch"]
-        views += [(max(epochs, default=0), word[3]) for word in words if word[1] == "monitor"]
+        # Sentinel wrote them, and a broken disk may have had a part in it.
+        epochs = [int(match[1]) for match in map(EPOCH.fullmatch, found) if match]
+        views += [(max(epochs, default=0), match[1]) for match in map(MONITOR.fullmatch, found) if match]
     if views:
         # Of two failovers the later one counts.
         address = max(views)[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import fcntl
 import grp
 import json
 import os
@@ -16,7 +17,7 @@ import stat
 import subprocess
 import tempfile
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -36,6 +37,7 @@ description:
   - Everything is checked before anything is changed. The validators of all changed files run on staged
     copies first; then the new files are written beside the old ones, and only when all of them are complete,
     renamed over them.
+  - What a run that was killed left half-written beside the files of the list, or in its directories, is removed.
   - Each entry has its own O(files[].notify), and its handlers are notified only when that entry changed.
 options:
   files:
@@ -205,6 +207,9 @@ ORIGINS = ("template", "source", "content")
 DIFF_LIMIT = 100_000  # bytes of a file that a diff still shows
 VALIDATE_SECONDS = 60
 HIDDEN = "[hidden]"
+# What is not finished yet: a file beside the one that it becomes, and the folder of the validators.
+TEMPORARY = re.compile(r"\.hothouse-[0-9a-f]{16}")
+STAGE = ".hothouse-stage-"
 
 
 class FilesError(Exception):
@@ -501,9 +506,7 @@ def validate(items: list[Item]) -> None:
     validated = [item for item in items if item.new_file and item.validate]
     if not validated:
         return
-    # /run is memory: what is staged never gets to a disk.
-    memory = "/run" if os.access("/run", os.W_OK) else None
-    with tempfile.TemporaryDirectory(prefix="hothouse-", dir=memory) as stage:
+    with _stage() as stage:
         for item in items:
             if item.new_file and (item.validate or not item.secret):
                 staged = Path(stage + item.path)
@@ -511,6 +514,52 @@ def validate(items: list[Item]) -> None:
                 item.write(staged)
         for item in validated:
             _run_validator(item, stage)
+
+
+def _stages() -> str:
+    """Where the folder of the validators is made. /run is memory: what is staged there never gets to a disk."""
+    return "/run" if os.access("/run", os.W_OK) else tempfile.gettempdir()
+
+
+@contextlib.contextmanager
+def _stage() -> Iterator[str]:
+    """A folder for the validators. Its lock ends with this process, however that ends."""
+    with tempfile.TemporaryDirectory(prefix=STAGE, dir=_stages()) as stage:
+        descriptor = os.open(stage, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield stage
+        finally:
+            os.close(descriptor)
+
+
+def forget_stages() -> None:
+    """Remove the folders of the validators of runs that were killed. There may be secrets in them."""
+    for path in Path(_stages()).glob(f"{STAGE}*"):
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except OSError:  # of somebody else, or gone
+            continue
+        try:
+            if os.fstat(descriptor).st_uid == os.geteuid():
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)
+        except BlockingIOError:
+            pass  # a run is at work
+        finally:
+            os.close(descriptor)
+
+
+def left_behind(items: Iterable[Item]) -> list[Path]:
+    """Files that a run which was killed left beside those of the list, or in its directories. There may be secrets in them."""
+    folders = {item.at.parent for item in items} | {item.at for item in items if item.state == "directory"}
+    found = []
+    for folder in sorted(folders):
+        with contextlib.suppress(OSError), os.scandir(folder) as entries:
+            for entry in entries:
+                if TEMPORARY.fullmatch(entry.name) and not entry.is_dir(follow_symlinks=False):
+                    found.append(folder / entry.name)
+    return found
 
 
 def _run_validator(item: Item, stage: str) -> None:
@@ -617,10 +666,19 @@ def run(params: Mapping[str, Any], check: bool, diff: bool) -> dict[str, Any]:
         if problem := item.conflict():
             raise FilesError(problem)
     changed = [item for item in items if item.changed]
-    result: dict[str, Any] = {"changed": bool(changed), "files": [item.path for item in changed]}
+    left = left_behind(items)
+    paths = [item.path for item in changed] + [str(path) for path in left]
+    result: dict[str, Any] = {"changed": bool(paths), "files": paths}
     if diff:
         result["diff"] = [part for item in changed for part in item.diff()]
+        for path in left:
+            header = f"{path} (left by a run that was killed)"
+            states = {"before": {"state": "file"}, "after": {"state": "absent"}}
+            result["diff"].append({"before_header": header, "after_header": header, **states})
     if not check:
+        forget_stages()
+        for path in left:
+            path.unlink(missing_ok=True)
         check_host(items)
         validate(items)
         apply(items)

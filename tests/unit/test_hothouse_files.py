@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -607,3 +609,97 @@ def test_both_modules_are_documented_as_they_are_specified(tmp_path: Path) -> No
         for key, option in specified.items():
             assert options[key].get("default") == option.get("default"), key
             assert options[key].get("required", False) == option.get("required", False), key
+
+
+# What a run leaves that is killed
+
+
+def killed(work: Callable[[], None], moment: int) -> bool:
+    """Do something in a process of its own that is killed at its n-th step into the operating system.
+
+    Returns whether it came so far. Python announces each step before it takes it.
+    """
+    child = os.fork()
+    if not child:
+        count = itertools.count(1)
+
+        def announce(event: str, _: object) -> None:
+            if event.startswith(("open", "os.", "shutil.", "tempfile.", "subprocess.")) and next(count) == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        try:
+            sys.addaudithook(announce)
+            work()
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    return os.WIFSIGNALED(status)
+
+
+SECRET = "orchid-9361"
+
+
+def holding(folder: Path) -> list[str]:
+    """The names of the files below a folder that hold the secret."""
+    return sorted(
+        str(path.relative_to(folder))
+        for path in folder.rglob("*")
+        if path.is_file() and SECRET in path.read_text(errors="replace")
+    )
+
+
+def test_what_a_killed_run_left_of_a_secret_is_removed_by_the_next_wherever_it_was_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if the next run has nothing to change."""
+    stages, folder = tmp_path / "run", tmp_path / "etc"
+    monkeypatch.setattr(files, "_stages", lambda: str(stages))
+    stages.mkdir()
+    left = set()
+    for moment in itertools.count(1):
+        folder.mkdir()
+        old = [filled(folder / name, "old", secret=True, mode="0600") for name in ("a", "b")]
+        put(*old)
+        new = [filled(folder / name, SECRET, secret=True, mode="0600", validate="test -s %s") for name in ("a", "b")]
+        died = killed(lambda new=new: put(*new), moment)  # type: ignore[misc]
+        found = holding(tmp_path)
+        left |= {name.partition("hothouse-")[0] for name in found if "hothouse-" in name}
+        again = put(filled(folder, state="directory"), *old)
+        assert holding(tmp_path) == [], (moment, found)
+        assert sorted(path.name for path in folder.iterdir()) == ["a", "b"]
+        assert list(stages.iterdir()) == []
+        assert again["changed"] or not any(name.startswith("etc/") for name in found)
+        for path in folder.iterdir():
+            path.unlink()
+        folder.rmdir()
+        if not died:
+            break
+    assert left == {"etc/.", "run/."}
+    assert moment > 20
+
+
+def test_what_a_killed_run_left_is_named_and_stays_in_check_mode(tmp_path: Path) -> None:
+    remains = tmp_path / ".hothouse-0123456789abcdef"
+    remains.write_text(SECRET)
+    wanted = filled(tmp_path / "a", "old")
+    put_first = put(wanted, check=True)
+    assert put_first["changed"] and remains.exists() and SECRET not in text(put_first)
+    assert str(remains) in put(wanted)["files"]
+    assert not remains.exists()
+    assert not put(wanted)["changed"]
+
+
+def test_what_only_looks_like_it_stays(tmp_path: Path) -> None:
+    names = [".hothouse-notes", ".hothouse-0123456789abcdef.txt", "x.hothouse-0123456789abcdef"]
+    for name in names:
+        (tmp_path / name).write_text("")
+    (tmp_path / ".hothouse-fedcba9876543210").mkdir()
+    assert not put(filled(tmp_path, state="directory", mode=f"{mode(tmp_path):04o}"))["changed"]
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_the_folder_of_a_validator_at_work_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_stages", lambda: str(tmp_path))
+    with files._stage() as stage:
+        files.forget_stages()
+        assert Path(stage).is_dir()

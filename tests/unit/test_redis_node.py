@@ -7,6 +7,8 @@ import grp
 import importlib.util
 import json
 import os
+import random
+import re
 import socket
 import subprocess
 import sys
@@ -569,3 +571,118 @@ def test_redis_stops_only_when_its_first_append_only_file_is_whole(
     ended(server)
     start(tmp_path / "data")
     assert kept(node) == 20
+
+
+BROKEN = random.Random(11)
+
+
+def broken(text: str) -> list[bytes]:
+    """What a text may be after a crash of a disk, or in the hands of a stranger: cut, torn, mixed, without an end."""
+    data = text.encode()
+    found = [data[:end] for end in range(0, len(data), 3)]
+    found += [
+        b"",
+        b"\0" * 100,
+        b"\xff\xfe" + data,
+        data.replace(b"\n", b"\r"),
+        data * 3,
+        b"x" * 3_000_000,
+        data + b"x" * 3_000_000,
+    ]
+    for _ in range(150):
+        torn = bytearray(data)
+        for _ in range(BROKEN.randrange(1, 8)):
+            position = BROKEN.randrange(len(torn))
+            piece = BROKEN.choice(
+                [
+                    b"\0",
+                    b"\xff",
+                    b"\xe2\x80",
+                    b"\n",
+                    b"9" * 5000,
+                    "\u0661".encode(),
+                    b" ",
+                    b'"',
+                    BROKEN.randbytes(9),
+                ]
+            )
+            torn[position : position + BROKEN.randrange(3)] = piece
+        found.append(bytes(torn))
+    return found
+
+
+def test_whatever_is_in_their_files_redis_starts_as_nothing_else_than_before(
+    node: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or not at all, and says why: a replica whose file is torn never becomes a primary with its old data."""
+    monkeypatch.setattr(node, "REPLACED_SECONDS", 0)
+    monkeypatch.setattr(node, "PRIMARY_SECONDS", 0)
+    monkeypatch.setattr(node, "POLL_SECONDS", 0)
+    monkeypatch.setattr(node, "views", lambda settings: [])
+    monkeypatch.setattr(node, "may_be_replaced", lambda settings: False)
+    leave(tmp_path, data=True, users_acl=USERS)
+    outcomes = set()
+    for name, text in (("redis.conf", REPLICA), ("seed", "replicaof 127.0.0.13 6379\n")):
+        for data in broken(text):
+            for file in ("redis.conf", "seed"):
+                (tmp_path / file).unlink(missing_ok=True)
+            (tmp_path / name).write_bytes(data)
+            try:
+                outcome = node.followed_primary(node.Settings())
+            except node.RedisError:
+                outcome = "refused"
+            # Cut right before that line it is what a primary has. The Sentinels, who are asked first, know better.
+            assert outcome in ("127.0.0.13", "refused") or (outcome is None and b"replicaof" not in data), (
+                data
+            )
+            outcomes.add(outcome)
+    assert {"127.0.0.13", "refused"} <= outcomes
+
+
+def test_whatever_is_in_its_file_sentinel_starts_with_what_makes_sense(
+    node: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(node, "views", lambda settings: [])
+    leave(tmp_path, data=True, redis_conf=REPLICA, users_acl=USERS)
+    text = f"{SENTINEL}\nsentinel config-epoch hothouse 3\nsentinel leader-epoch hothouse 3\nsentinel current-epoch 3\n"
+    for data in broken(text):
+        (tmp_path / "sentinel.conf").write_bytes(data)
+        node.compose_sentinel()
+        lines = (tmp_path / "sentinel.conf").read_text().splitlines()
+        assert lines[2] in {
+            f"sentinel monitor hothouse {address} {lines[2].split()[4]} 2" for address in NODES.values()
+        }
+        for line in lines:
+            assert re.fullmatch(r"[ -~]{1,200}", line), data
+            if "epoch" in line:
+                assert re.fullmatch(
+                    r"sentinel ((config|leader)-epoch hothouse|current-epoch) [0-9]{1,18}", line
+                ), data
+
+
+def test_what_a_redis_left_that_was_killed_is_removed_when_it_starts(
+    node: ModuleType, tmp_path: Path
+) -> None:
+    """It writes its new file beside the old one, with the password of its primary in it."""
+    leave(tmp_path, seed="primary", users_acl=USERS)
+    remains = [tmp_path / name for name in ("redis.conf.aB3xY9", ".redis.conf.new")]
+    stays = [tmp_path / name for name in ("redis.conf.original", "redis.conf.dpkg-old", "dump.rdb")]
+    for path in (*remains, *stays):
+        path.write_text("masterauth secret\n")
+    node.compose()
+    assert [path for path in remains if path.exists()] == []
+    assert [path for path in stays if not path.exists()] == []
+
+
+@pytest.mark.parametrize("name", ["redis.conf", "seed", "sentinel.conf"])
+def test_whatever_a_node_says_of_its_files_the_run_has_an_answer(name: str) -> None:
+    """What roles/redis/tasks/primary.yml greps out of them."""
+    for data in broken(f"{DATA}\nreplicaof 127.0.0.12 6379\n{SENTINEL}\nsentinel config-epoch hothouse 10\n"):
+        text = data[:100_000].decode("utf-8", "replace")
+        try:
+            role = filters.redis_roles(
+                NODES, said(r1=text, r2=f"{DATA}\n{SENTINEL}", r3=f"{DATA}\nreplicaof 127.0.0.12 6379")
+            )
+        except AnsibleFilterError:
+            continue
+        assert role["primary"] in NODES

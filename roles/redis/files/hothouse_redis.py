@@ -57,6 +57,8 @@ CAUGHT_UP_SECONDS = 3.0  # that a replica may take to have all that the primary 
 HAND_OVER_SECONDS = 10.0  # that a failover may take
 SHUT_DOWN_SECONDS = 120.0  # that Redis may take to write down its data
 POLL_SECONDS = 0.1
+MOST_BYTES = 1 << 20  # of a file that Redis or Sentinel rewrites; a few thousand are usual
+EPOCH = "[0-9]{1,18}"  # a number of 64 bits
 
 
 class RedisError(Exception):
@@ -217,17 +219,18 @@ def wait(condition: Callable[[], Any], seconds: float) -> Any:
 # Redis owns its folders, so a Redis that was broken into may leave anything there, links to files of root among it.
 
 
-def content(path: Path) -> bytes:
-    """What is in a plain file; nothing else is followed or waited for. Raises OSError."""
+def content(path: Path, most: int = -1) -> bytes:
+    """What is in a plain file, the first `most` bytes; nothing else is followed or waited for. Raises OSError."""
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError(f"{path} is no plain file")
-        return file.read()
+        return file.read(most)
 
 
 def text_of(path: Path) -> str | None:
+    """What Redis or Sentinel wrote, None if there is no such file. Whatever bytes these are, so each use checks its part."""
     try:
-        return content(path).decode()
+        return content(path, MOST_BYTES).decode("ascii", "replace")
     except FileNotFoundError:
         return None
 
@@ -244,6 +247,14 @@ def replace(path: Path, lines: list[str]) -> None:
     new.replace(path)
 
 
+def forget_remains(name: str) -> None:
+    """Remove what a Redis or this script left that was killed while it rewrote a file: passwords may be in there."""
+    for path in STATE.glob(f"{name}.*"):
+        if re.fullmatch(r"[A-Za-z0-9]{6}", path.name.removeprefix(f"{name}.")):
+            path.unlink(missing_ok=True)
+    (STATE / f".{name}.new").unlink(missing_ok=True)
+
+
 def has_data() -> bool:
     """Whether Redis would load all that it once had.
 
@@ -258,7 +269,7 @@ def has_data() -> bool:
 def kept_view(text: str | None) -> View | None:
     """What a Sentinel's own file remembers."""
     monitor = re.search(rf"^sentinel monitor {MASTER} (\S+) ", text or "", re.MULTILINE)
-    epoch = re.search(rf"^sentinel config-epoch {MASTER} (\d+)", text or "", re.MULTILINE)
+    epoch = re.search(rf"^sentinel config-epoch {MASTER} ({EPOCH})$", text or "", re.MULTILINE)
     return View(int(epoch[1]) if epoch else 0, monitor[1]) if monitor else None
 
 
@@ -281,14 +292,29 @@ def views(settings: Settings) -> list[View]:
     return [view for view in found if view and view.primary in settings.nodes]
 
 
-def kept_primary() -> tuple[bool, str | None]:
-    """Whether this node remembers its role, and whose replica it was, if it was one."""
-    for name in ("redis.conf", "seed"):
-        text = text_of(STATE / name)
-        if text is not None:
-            match = re.search(r"^replicaof (\S+) ", text, re.MULTILINE)
-            return True, match[1] if match else None
+def kept_primary(settings: Settings) -> tuple[bool, str | None]:
+    """Whether this node remembers its role, and whose replica it was, if it was one.
+
+    A file that is not sound tells nothing: what is lost of it may have said whose replica this was.
+    """
+    for name, known in (("redis.conf", HEADER[1]), ("seed", "primary")):
+        text = text_of(STATE / name) or ""
+        lines = text.splitlines()
+        # Nothing else names another node.
+        named = any(address in line.split() for line in lines for address in settings.others)
+        own = [line for line in lines if line.startswith("replicaof")]
+        found = [re.fullmatch(r"replicaof (\S+) [0-9]{1,5}", line) for line in own]
+        addresses = [match[1] for match in found if match and match[1] in settings.nodes]
+        if not is_sound(text) or len(addresses) != len(own) or len(own) > 1 or named != bool(own):
+            continue
+        if (known in lines and (text.endswith("\n") or name == "seed")) or (addresses and name == "seed"):
+            return True, next(iter(addresses), None)
     return False, None
+
+
+def is_sound(text: str) -> bool:
+    """Whether nothing in a text is what a broken disk, or a stranger, would have left there."""
+    return len(text) < MOST_BYTES and not re.search(r"[^\t\n\r -~]", text)
 
 
 def may_be_replaced(settings: Settings) -> bool:
@@ -324,8 +350,8 @@ def followed_primary(settings: Settings) -> str | None:
     the Sentinels have made another one the primary, which its own absence makes them do. Only a node that was just
     deployed as the first primary (`seed`) may start without data. Raises RedisError.
     """
-    remembers, kept = kept_primary()
-    first = (text_of(STATE / "seed") or "").startswith("primary")
+    remembers, kept = kept_primary(settings)
+    first = (text_of(STATE / "seed") or "").strip() == "primary"
     data = has_data()
     known = remembers or not data
     reason = ""
@@ -372,6 +398,7 @@ def followed_primary(settings: Settings) -> str | None:
 def compose() -> None:
     """Before Redis starts: its configuration, and which node it follows."""
     settings = Settings()
+    forget_remains("redis.conf")
     lines = [*HEADER]
     if settings.nodes and (primary := followed_primary(settings)):
         # Never promoted before it has what the primary has; `ready` takes it back.
@@ -394,12 +421,13 @@ def compose_sentinel() -> None:
     more Sentinel, and the majority would have to count the dead one for ever.
     """
     settings = Settings()
+    forget_remains("sentinel.conf")
     previous = text_of(STATE / "sentinel.conf") or ""
     view = kept_view(previous)
     primary = view.primary if view and view.primary in settings.nodes else None
     if not primary:
         latest = max(views(settings), default=None)
-        remembers, kept = kept_primary()
+        remembers, kept = kept_primary(settings)
         if not latest and not remembers:
             # It would take this node for the primary, against all the others. systemd tries again.
             raise RedisError(
@@ -407,7 +435,7 @@ def compose_sentinel() -> None:
             )
         primary = latest.primary if latest else kept or settings.address
     epochs = re.findall(
-        rf"^sentinel (?:(?:config|leader)-epoch {MASTER}|current-epoch) \d+$", previous, re.MULTILINE
+        rf"^sentinel (?:(?:config|leader)-epoch {MASTER}|current-epoch) {EPOCH}$", previous, re.MULTILINE
     )
     replicas = [address for address in settings.nodes if address != primary]
     replace(
@@ -618,10 +646,10 @@ def loaded_files() -> dict[str, bytes]:
 
 def note(files: dict[str, bytes]) -> None:
     """Remember what Redis has loaded, and what it had before, by which the other nodes may still know this one."""
-    if files == loaded_files():
-        return
     new = LOADED.with_name("new")
     shutil.rmtree(new, ignore_errors=True)
+    if files == loaded_files():
+        return
     LOADED.parent.mkdir(mode=0o700, exist_ok=True)
     new.mkdir(mode=0o700)
     for name, data in files.items():
