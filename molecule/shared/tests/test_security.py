@@ -198,9 +198,7 @@ def test_every_process_is_in_the_list_and_every_line_of_it_is_a_process(
 
 
 def test_what_runs_for_a_moment_has_the_rights_that_the_list_says(stack: Stack) -> None:
-    names = (
-        "User,DynamicUser,CapabilityBoundingSet,ProtectSystem,ReadWritePaths,StateDirectory,NoNewPrivileges"
-    )
+    names = "User,DynamicUser,CapabilityBoundingSet,ProtectSystem,ReadWritePaths,RuntimeDirectory,StateDirectory,NoNewPrivileges"
     for name in stack.variables:
         for row in here(stack, name, BRIEF):
             found = show(stack, name, row.unit, names)
@@ -209,8 +207,10 @@ def test_what_runs_for_a_moment_has_the_rights_that_the_list_says(stack: Stack) 
             rights = {word.removeprefix("cap_").upper() for word in found["CapabilityBoundingSet"].split()}
             assert rights == set(quoted(row.capabilities)), (name, row)
             assert (found["ProtectSystem"], found["NoNewPrivileges"]) == ("strict", "yes"), (name, row)
-            writes = {f"/var/lib/{folder}" for folder in found["StateDirectory"].split()}
-            assert writes | set(found["ReadWritePaths"].split()) == row.writes, (name, row)
+            writes = {path.removeprefix("-") for path in found["ReadWritePaths"].split()}
+            writes |= {f"/run/{folder}" for folder in found["RuntimeDirectory"].split()}
+            writes |= {f"/var/lib/{folder}" for folder in found["StateDirectory"].split()}
+            assert writes == row.writes, (name, row)
 
 
 def test_every_unit_file_of_ours_is_in_a_list(stack: Stack) -> None:
