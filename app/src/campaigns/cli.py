@@ -277,7 +277,9 @@ def _why_kept(campaign_id: str, deletion: Deletion) -> str:
             f"{campaign_id} has ambiguous recipients ({counts['ambiguous']}): `campaigns resolve` them first"
         )
     if deletion.state == "cancelled":
-        again = f"delete it again when they have arrived or failed, in at most {deletion.seconds} s"
+        # Of a worker that was lost the next check finds it out.
+        seconds = deletion.seconds + settings.check_seconds()
+        again = f"delete it again when they have arrived or failed, in at most {seconds} s"
         return f"{campaign_id} is cancelled, but mails are still on their way ({leaving}): {again}"
     left = f"{counts['pending']} to be sent to, {leaving} on their way, {counts['ambiguous']} ambiguous"
     return f"{campaign_id} is not over ({left}): wait, or `campaigns cancel` it first"

@@ -367,8 +367,8 @@ function operations.finish()
 end
 
 -- Forgets a campaign if each of its recipients is settled, whether or not `finish` was called yet; `...` are the
--- states. Answers "deleted", or what keeps it: "open" or "ambiguous"; in how many seconds the last mail on its way is
--- settled at the latest; and how many recipients there are, or were, in each state: none, if a call is repeated.
+-- states. Answers "deleted", or what keeps it: "open" or "ambiguous"; in how many seconds the last claim expires; and
+-- how many recipients there are, or were, in each state: none, if a call is repeated.
 function operations.delete(...)
   if not get('state') then
     return {'deleted', 0, unpack(operations.counts(...))}

@@ -120,7 +120,7 @@ class Deletion:
 
     outcome: str  # deleted, open or ambiguous
     state: str  # the campaign's
-    seconds: int  # in which the last mail on its way is settled at the latest
+    seconds: int  # until the last claim of a mail on its way expires
     counts: dict[str, int]  # recipients by state
 
 
