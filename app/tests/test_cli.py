@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import tarfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from conftest import DROP, MailServer, Redis, campaign_of, forget_settings, run_until_finished
+from conftest import (
+    DROP,
+    MailServer,
+    Redis,
+    campaign_of,
+    forget_settings,
+    run_queue,
+    run_until_finished,
+    wait_until,
+)
 
 from campaigns import cli, store
-from campaigns.store import Ledger
-from campaigns.tasks import send_batch
+from campaigns.store import STATES, Ledger
+from campaigns.tasks import check_scheduled_campaigns, send_batch
 
 LIST = "email,name\nada@example.com,Ada\ngrace@example.com,Grace\n"
 WELCOME = ("--template", "welcome", "--recipients", "-")
@@ -104,8 +114,46 @@ def test_a_template_that_fails_for_one_recipient_is_refused_with_the_line(
         "-",
         stdin="email,name\na@b.example,1\nc@b.example,0\n",
     )
-    refused(result, "the mail of line 3: body.txt: ", "by zero")
+    refused(
+        result,
+        "the mails of the recipients in these lines cannot be made:",
+        "line 3: body.txt, line 1: ZeroDivisionError: ",
+    )
     assert book.ids() == []
+
+
+def test_a_value_that_no_mail_can_hold_is_refused_with_line_and_column(book: Ledger) -> None:
+    rows = ['ada@example.com,"Ada\n"', "bob@example.com,Bob", "eve@example.com,E\x07e", "x@example.com,\x80"]
+    refused(
+        create(*WELCOME, stdin="\n".join(["email,name", *rows])),
+        "line 5, column 2: name holds the control character U+0007: subject.txt: no mail can hold ",
+        "line 6, column 2: name holds the control character U+0080: subject.txt: no mail can hold ",
+    )
+    refused(
+        create(*WELCOME, stdin="email,name\n=?utf-8?q?adam?=@example.com,Adam\n"),
+        "line 2, column 1: '=?utf-8?q?adam?=@example.com' is not an e-mail address to write to",
+    )
+    assert book.ids() == []
+
+
+def test_a_template_that_no_mail_can_hold_is_refused_with_file_and_line(book: Ledger, tmp_path: Path) -> None:
+    for subject, text, place in (
+        ("a\n\x1b[1m", "t", "subject.txt, line 2: no mail can hold the control character U+001B"),
+        ("s", "a\nb\0", "body.txt, line 2: no mail can hold the control character U+0000"),
+        ("s", "a\n{{ '\\ud800' }}", "line 2: body.txt: no mail can hold half of a character (U+D800)"),
+        ("{{ name if name != 'Grace' }}", "t", "line 3: subject.txt: the subject is empty"),
+        ("s", "{{ 'x' * 10 ** 15 }}", "line 2: the mail does not fit into memory"),
+    ):
+        (tmp_path / "subject.txt").write_text(subject)
+        (tmp_path / "body.txt").write_text(text)
+        refused(create("--template-dir", str(tmp_path), "--recipients", "-"), place)
+    assert book.ids() == []
+
+
+def test_names_of_any_script_are_taken(book: Ledger) -> None:
+    name = "👨\u200d👩\u200d👧 \u0646\u0645\u06cc\u200c\u062e"
+    result = run("create", "--name", name, "--sender", f'"{name}" <news@example.com>', *WELCOME)
+    assert book.campaign(result.stdout.strip()).name == name
 
 
 @pytest.mark.parametrize(
@@ -138,7 +186,17 @@ def test_wrong_usage_has_its_own_exit_code(book: Ledger, args: tuple[str, ...]) 
     refused(create(*args), "Usage:", code=2)
 
 
-@pytest.mark.parametrize(("name", "sender"), [("", "a@example.com"), ("a\nb", "a@example.com"), ("a", "b")])
+@pytest.mark.parametrize(
+    ("name", "sender"),
+    [
+        ("", "a@example.com"),
+        ("a\nb", "a@example.com"),
+        ("\udcff", "a@example.com"),
+        ("a", "b"),
+        ("a", "\udcff <a@example.com>"),
+        ("a", "=?utf-8?q?x?=@example.com"),
+    ],
+)
 def test_a_bad_name_or_sender_is_refused(book: Ledger, name: str, sender: str) -> None:
     refused(run("create", "--name", name, "--sender", sender, *WELCOME), "Error: the ")
 
@@ -275,20 +333,77 @@ def test_delete_forgets_what_is_over(
 ) -> None:
     refused(run("delete", in_doubt), f"{in_doubt} has ambiguous recipients", "campaigns resolve")
     run("resolve", in_doubt, "--resend")
-    refused(run("delete", in_doubt), f"{in_doubt} is sending and not over yet", "campaigns cancel")
+    refused(
+        run("delete", in_doubt),
+        f"{in_doubt} is not over (3 to be sent to, 0 on their way, 0 ambiguous): wait, or `campaigns cancel`",
+    )
     run_until_finished(celery, book, in_doubt)
-    kept, stopped = campaign_of(book, 1), campaign_of(book, 2)
+    stopped = campaign_of(book, 2)
     run("cancel", stopped.id)
     run_until_finished(celery, book, stopped.id)
-    result = run("delete", in_doubt, stopped.id)
-    assert result.stdout == f"{in_doubt} is deleted\n{stopped.id} is deleted\n"
+    kept = campaign_of(book, 1)
+    result = run("delete", in_doubt, "nope", kept.id, stopped.id)
+    assert result.exit_code == 1
+    assert result.stdout == f"{in_doubt} is deleted: 5 sent\n{stopped.id} is deleted: 2 cancelled\n"
+    assert "no campaign nope" in result.stderr
+    assert f"{kept.id} is not over (1 to be sent to" in result.stderr
     assert book.ids() == [kept.id]
     left = redis_server.admin.keys("app:*")
     assert [key for key in left if in_doubt in key or stopped.id in key] == []
     refused(run("delete", in_doubt), f"no campaign {in_doubt}")
-    # A repeated call answers the same.
-    assert book.delete(in_doubt) is None
+    # A call that is repeated for want of an answer.
+    assert book._call(in_doubt, "delete", *STATES, confirm=True) == ["deleted", 0, *[0] * len(STATES)]
     assert redis_server.admin.keys("app:*") == left
+
+
+def test_delete_right_after_cancel_deletes_what_has_nothing_on_its_way(
+    book: Ledger, celery: Any, mail_server: MailServer
+) -> None:
+    campaign = campaign_of(book, 25)
+    check_scheduled_campaigns()
+    send_batch(campaign.id, 0)
+    assert run("cancel", campaign.id).stdout == f"{campaign.id} is cancelled: 15 not sent, 10 sent before\n"
+    assert run("delete", campaign.id).stdout == f"{campaign.id} is deleted: 10 sent, 15 cancelled\n"
+    # The batches that are still in the queue are no failures.
+    run_queue(celery)
+    assert book.ids() == book.due_ids() == []
+    assert len(mail_server.mails) == 10
+
+
+def test_delete_right_after_cancel_says_what_is_on_its_way(
+    book: Ledger, celery: Any, mail_server: MailServer
+) -> None:
+    campaign = campaign_of(book, 5)
+    said: list[str] = []
+
+    def meanwhile(address: str) -> None:
+        if address.startswith("user2"):
+            for command in ("cancel", "delete"):
+                result = run(command, campaign.id)
+                said.append(result.stdout + result.stderr)
+
+    mail_server.on_data = meanwhile
+    send_batch(campaign.id, 0)
+    assert said[0] == f"{campaign.id} is cancelled: 2 not sent, 2 sent before, 1 on their way\n"
+    assert re.fullmatch(
+        f"Error: {campaign.id} is cancelled, but mails are still on their way \\(1\\): "
+        r"delete it again when they have arrived or failed, in at most (901|900) s\n",
+        said[1],
+    )
+    assert run("delete", campaign.id).stdout == f"{campaign.id} is deleted: 3 sent, 2 cancelled\n"
+
+
+def test_delete_says_what_a_lost_worker_left_behind(book: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    campaign = campaign_of(book, 3)
+    claims = [book.claim(campaign.id, number, "lost", 0.2) for number in range(2)]
+    assert claims[0] and book.begin_data(claims[0], 0.2)
+    run("cancel", campaign.id)
+    refused(run("delete", campaign.id), "mails are still on their way (2)", "in at most 2 s")
+    wait_until(lambda: sum(book.expire_claims(campaign.id, 60)[:2]) or not book.open(campaign.id))
+    wait_until(lambda: book.expire_claims(campaign.id, 60) == (0, 0, 0) and not book.open(campaign.id))
+    refused(run("delete", campaign.id), f"{campaign.id} has ambiguous recipients (1): `campaigns resolve`")
+    run("resolve", campaign.id, "--sent")
+    assert run("delete", campaign.id).stdout == f"{campaign.id} is deleted: 1 sent, 2 cancelled\n"
 
 
 @pytest.mark.parametrize("command", ["show", "cancel", "resolve --sent", "delete"])

@@ -3,11 +3,14 @@ from __future__ import annotations
 import email
 import email.policy
 import io
+import random
+import re
 import tarfile
 from email.message import EmailMessage
 from pathlib import Path
 from typing import cast
 
+import mailreader
 import pytest
 
 from campaigns import messages
@@ -107,8 +110,144 @@ def test_a_template_with_a_syntax_error_is_refused_with_file_and_line() -> None:
     ],
 )
 def test_a_template_that_fails_or_reaches_out_is_refused(source: str) -> None:
-    with pytest.raises(MessageError, match=r"^body.txt: "):
-        messages.render(Template("s", source), {"name": "x"})
+    with pytest.raises(MessageError, match=r"^body.txt, line 2: "):
+        messages.render(Template("s", f"x\n{source}"), {"name": "x"})
+
+
+def test_thousands_of_subjects_and_names_read_back_as_given() -> None:
+    """By a reader of its own. With other versions of Python: molecule/shared/tests/test_campaign.py."""
+    tried = mailreader.try_all(seed=1)
+    assert re.fullmatch(r"5\d{3} subjects and 5\d{3} names in 16 scripts, .*", tried)
+
+
+@pytest.mark.parametrize(
+    ("rendered", "subject"),
+    [
+        ("a  b   c", "a  b   c"),
+        ("  Hi \n", "Hi"),
+        ("Hi \r\n\n\t there", "Hi there"),
+        ("\tx\ty", "x\ty"),
+        ("\u3000x\u00a0", "\u3000x\u00a0"),
+        ("👨\u200d👩\u200d👧 ف\u200cک", "👨\u200d👩\u200d👧 ف\u200cک"),
+        ("=?utf-8?q?x?=", "=?utf-8?q?x?="),
+    ],
+)
+def test_a_subject_is_one_line_and_keeps_its_spaces(rendered: str, subject: str) -> None:
+    columns = {"email": "a@example.com", "subject": rendered}
+    content = messages.render(Template("{{ subject }}", "t"), columns)
+    head = mailreader.read_head(messages.build("c", SENDER, content, columns))
+    assert mailreader.read_text(head["Subject"])[0] == subject
+
+
+@pytest.mark.parametrize(
+    ("subject", "text", "message"),
+    [
+        ("\u200b\x07", "t", r"^subject.txt: no mail can hold the control character U\+0007 here"),
+        ("a\x85b\x9f", "t", r"^subject.txt: no mail can hold the control character U\+009F here"),
+        ("{{ '\\ud800' }}", "t", r"^subject.txt: no mail can hold half of a character \(U\+D800\) here"),
+        ("{{ email[9:] }} ", "t", r"^subject.txt: the subject is empty"),
+        ("s", "a\0", r"^body.txt: no mail can hold the control character U\+0000 here"),
+        ("s", "{{ '\\udfff' }}", r"^body.txt: no mail can hold half of a character \(U\+DFFF\) here"),
+    ],
+)
+def test_what_cannot_become_a_mail_is_refused(subject: str, text: str, message: str) -> None:
+    columns = {"email": "a@b.de"}
+    with pytest.raises(MessageError, match=message):
+        messages.build("c", SENDER, messages.render(Template(subject, text), columns), columns)
+
+
+def test_a_template_with_a_control_character_is_refused_with_file_and_line() -> None:
+    messages.check(Template("s\r\n", "\x07\x0b\x85\u2028"), [])
+    for template, message in (
+        (Template("s\n\x07", "t"), "subject.txt, line 2: no mail can hold the control character U+0007 here"),
+        (Template("s", "\n\nt\0"), "body.txt, line 3: no mail can hold the control character U+0000 here"),
+    ):
+        with pytest.raises(MessageError) as error:
+            messages.check(template, [])
+        assert str(error.value) == message
+
+
+def test_any_body_becomes_a_mail_that_reads_back_or_is_refused() -> None:
+    choose = random.Random(1)
+    pieces = [
+        "a",
+        "\n",
+        "\r",
+        "\r\n",
+        ".",
+        "\x0b",
+        "\x0c",
+        "\x1c",
+        "\x85",
+        "\u2028",
+        "ü",
+        "中",
+        "🎉",
+        "From ",
+        " ",
+    ]
+    pieces += ["x" * 997, "x" * 1200, "ф" * 500, "\x07", "\x7f", "\t", "=", " \n", "--", "\0", "\udc80"]
+    refused = 0
+    for _ in range(1000):
+        text, html = ("".join(choose.choices(pieces, k=choose.randint(0, 20))) for _ in range(2))
+        try:
+            data = messages.build("c", SENDER, Template("s", text, html), {"email": "a@example.com"})
+        except MessageError:
+            assert re.search("[\0\udc80]", text + html)
+            refused += 1
+            continue
+        assert data.isascii()
+        assert b"\0" not in data
+        assert not re.search(rb"\r(?!\n)|(?<!\r)\n", data)
+        assert max(map(len, data.split(b"\r\n"))) <= 998
+        mail = cast(EmailMessage, email.message_from_bytes(data, policy=email.policy.default))
+        for kind, given in (("plain", text), ("html", html)):
+            if given:
+                lines = re.split(r"\r\n|\r|\n", given)
+                assert body(mail, kind).removesuffix("\n") == "\n".join(lines).removesuffix("\n")
+    assert 100 < refused < 900
+
+
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [
+        ("news@example.com", ""),
+        ("<news@example.com>", ""),
+        (" News  of the day < news@example.com > ", "News  of the day"),
+        ('"Doe, Jane" <news@example.com>', "Doe, Jane"),
+        ("Doe, Jane <news@example.com>", "Doe, Jane"),
+        (r'"Jane \"JD\" Doe \\" <news@example.com>', 'Jane "JD" Doe \\'),
+        ('Jane "JD" Doe <news@example.com>', 'Jane "JD" Doe'),
+        ('"a <b@c.example>" <news@example.com>', "a <b@c.example>"),
+        ("info@shop.example <news@example.com>", "info@shop.example"),
+        ("=?utf-8?q?x?= <news@example.com>", "=?utf-8?q?x?="),
+        ("👨\u200d👩\u200d👧 & Söhne <news@example.com>", "👨\u200d👩\u200d👧 & Söhne"),
+        ('"" <news@example.com>', ""),
+    ],
+)
+def test_a_sender_is_one_mailbox_that_reads_as_given(value: str, name: str) -> None:
+    origin = messages.sender(value)
+    data = messages.build("c", origin, Template("s", "t"), {"email": "a@example.com"})
+    assert (origin.display_name, origin.addr_spec) == (name, "news@example.com")
+    read = mailreader.read_mailbox(mailreader.read_head(data)["From"])
+    assert (read[0], read[2]) == (name, "news@example.com")
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("A <a@example.com>, B <b@example.com>", "more than one address"),
+        ("<script> <a@example.com>", "more than one address, or its name lacks double quotes"),
+        ("a@example.com, b@example.com", "not an e-mail address"),
+        ("x\nBcc: eve@example.com <a@example.com>", r"holds a line break \(U\+000A\)"),
+        ("x\x1b <a@example.com>", r"holds the control character U\+001B"),
+        ("\udcff <a@example.com>", r"'\\udcff <a@example.com>' holds half of a character \(U\+DCFF\)"),
+        ("x <=?utf-8?q?adam?=@example.com>", r"RFC 2047"),
+    ],
+)
+def test_a_sender_that_is_no_mailbox_is_refused(value: str, message: str) -> None:
+    with pytest.raises(MessageError, match=message):
+        messages.sender(value)
 
 
 @pytest.mark.parametrize("value", ["", "news", "News <news>", "a@example.com\nBcc: b@example.com", "a@b@c"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import smtplib
 import socket
 import ssl
 import threading
@@ -14,7 +15,7 @@ from aiosmtpd.smtp import AuthResult
 from conftest import DROP, HANG, MailServer, free_port
 
 from campaigns.settings import Smtp
-from campaigns.smtp import Dropped, InDoubt, Mailer, Refused, Unreachable
+from campaigns.smtp import Dropped, InDoubt, Mailer, Refused, Unreachable, Unsendable
 
 MAIL = b"Subject: x\r\n\r\n.dot\r\n..\r\nend\r\n"
 
@@ -102,6 +103,49 @@ def test_no_answer_after_the_mail_has_left_is_doubt(mail_server: MailServer, rep
         with pytest.raises(InDoubt):
             send(mailer)
         assert send(mailer, "b@example.com")
+    assert mail_server.sessions == 2
+
+
+@pytest.mark.parametrize("to", ["jürgen@example.com", "a@example.com>\r\nRCPT TO:<eve@example.com"])
+def test_an_address_that_smtp_cannot_tell_is_named_and_the_next_mail_is_sent(
+    mail_server: MailServer, to: str
+) -> None:
+    with Mailer(server_of(mail_server)) as mailer:
+        send(mailer)
+        with pytest.raises(Unsendable, match=r"^RCPT: the address cannot be told to a mail server: "):
+            send(mailer, to)
+        assert send(mailer, "b@example.com")
+    assert mail_server.received() == {"a@example.com": 1, "b@example.com": 1}
+
+
+def test_an_address_is_told_as_it_is(mail_server: MailServer) -> None:
+    odd = ["!#$%&'*+-/=?^_`{|}~@example.com", "=?x@example.com", "a.b+c@[127.0.0.1]"]
+    with Mailer(server_of(mail_server)) as mailer:
+        for to in odd:
+            send(mailer, to)
+    assert [address for address, _ in mail_server.mails] == odd
+
+
+@pytest.mark.parametrize(
+    ("after", "outcome"), [(b"RCPT", RuntimeError), (b"DATA", RuntimeError), (b"Subject", InDoubt)]
+)
+def test_what_nobody_foresaw_leaves_no_half_mail_behind(
+    mail_server: MailServer, monkeypatch: pytest.MonkeyPatch, after: bytes, outcome: type[Exception]
+) -> None:
+    write = smtplib.SMTP.send
+
+    def send_and_fail(self: smtplib.SMTP, data: str | bytes) -> None:
+        write(self, data)
+        if (data if isinstance(data, bytes) else data.encode()).startswith(after):
+            monkeypatch.undo()
+            raise RuntimeError("nobody knows")
+
+    monkeypatch.setattr(smtplib.SMTP, "send", send_and_fail)
+    with Mailer(server_of(mail_server)) as mailer:
+        with pytest.raises(outcome, match="nobody knows"):
+            send(mailer)
+        assert send(mailer, "b@example.com")
+    assert mail_server.received()["b@example.com"] == 1
     assert mail_server.sessions == 2
 
 
@@ -200,6 +244,12 @@ def test_a_login_over_tls(mail_server: MailServer, tls: tuple[ssl.SSLContext, st
         pytest.raises(Unreachable, match="535") as refused,
     ):
         send(mailer)
+    with (
+        Mailer(server_of(mail_server, security=scheme, ca_file=ca_file, user="ada", password="é")) as mailer,
+        pytest.raises(Unreachable, match="is not ASCII") as unsaid,
+    ):
+        send(mailer)
+    assert "é" not in str(unsaid.value)
     assert "x" not in str(refused.value).split()
     with (
         Mailer(server_of(mail_server, security=scheme, **login)) as mailer,

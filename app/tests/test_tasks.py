@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
+import smtplib
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from itertools import count
 from typing import Any
 
 import pytest
+from celery.exceptions import SoftTimeLimitExceeded
 from conftest import (
     DROP,
     HANG,
@@ -26,7 +30,8 @@ from conftest import (
 )
 
 from campaigns import messages, smtp, tasks
-from campaigns.store import MOST_ATTEMPTS, Ledger, UnknownCampaign
+from campaigns.recipients import Recipient
+from campaigns.store import MOST_ATTEMPTS, Ledger
 from campaigns.tasks import check_scheduled_campaigns, finalize_campaign, send_batch
 
 Queued = Callable[[], int]
@@ -339,9 +344,143 @@ def test_one_campaign_does_not_wait_for_another(book: Ledger, celery: Any, mail_
     assert send_batch(free.id, 0)["sent"] == 3
 
 
-def test_a_message_for_no_campaign_is_an_error(book: Ledger) -> None:
-    with pytest.raises(UnknownCampaign):
-        send_batch("nope", 0)
+def test_a_message_for_a_deleted_campaign_is_no_failure(
+    book: Ledger, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert send_batch("nope", 0) == send_batch_result()
+    assert "unknown campaign=nope batch=0" in caplog.text
+
+
+def recipient(email: str, **columns: str) -> Recipient:
+    """One whom the checks of a list would not let through."""
+    return Recipient(2, email, {"email": email, "name": "x", **columns})
+
+
+@pytest.mark.parametrize(
+    ("poison", "reason"),
+    [
+        (
+            recipient("jürgen@example.com"),
+            r"To is not ASCII, or longer than 994 characters: 'j\xfcrgen@example.com'",
+        ),
+        (recipient("a@example.com\r\nBcc: eve@example.com"), "To holds a line break (U+000D)"),
+        (
+            recipient("x@example.com", name="x\x07"),
+            "subject.txt: no mail can hold the control character U+0007",
+        ),
+        (recipient("x@example.com", name="\0"), "subject.txt: no mail can hold the control character U+0000"),
+        (recipient("x@example.com", unsubscribe="https://ü"), "List-Unsubscribe is not ASCII"),
+        (
+            recipient("x@example.com", unsubscribe="https://" + "x" * 998),
+            "List-Unsubscribe is not ASCII, or longer",
+        ),
+        (
+            Recipient(2, "x@example.com", {"email": "x@example.com"}),
+            "subject.txt, line 1: 'name' is undefined",
+        ),
+    ],
+)
+def test_a_recipient_whose_mail_cannot_be_made_fails_with_the_reason_and_alone(
+    book: Ledger, celery: Any, mail_server: MailServer, poison: Recipient, reason: str
+) -> None:
+    some = people(9)
+    campaign_id = book.create("Test", SENDER, TEMPLATE, [*some[:4], poison, *some[4:]], 10)
+    book.start(campaign_id)
+    assert send_batch(campaign_id, 0) == send_batch_result(sent=9, failed=1)
+    [record] = book.records(campaign_id, "failed")
+    assert (record.number, record.attempts) == (4, 1)
+    assert reason in record.reply
+    assert run_until_finished(celery, book, campaign_id)["failed"] == 1
+    assert mail_server.received() == everybody(9)
+
+
+FAILURES = [
+    ValueError("bad value"),
+    UnicodeEncodeError("ascii", "ü", 0, 1, "not ASCII"),
+    RecursionError("too deep"),
+    AssertionError(),
+    KeyError("x"),
+    messages.MessageError("half of a character \udcff"),
+    smtp.Unsendable("no SMTPUTF8"),
+    LookupError("line\nbreak " * 100),
+]
+
+
+@pytest.mark.parametrize("stage", ["sender", "render", "build", "send"])
+def test_whatever_goes_wrong_with_one_recipient_fails_that_one_with_the_true_reason(
+    book: Ledger, celery: Any, mail_server: MailServer, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    """No failure of the ledger or the server, but of the code or what it calls, at each stage of a mail."""
+    place: Any = smtp.Mailer if stage == "send" else messages
+    whole, calls = getattr(place, stage), count()
+
+    def fails(*args: Any) -> Any:
+        number = next(calls)
+        if number < len(FAILURES):
+            raise FAILURES[number]
+        return whole(*args)
+
+    monkeypatch.setattr(place, stage, fails)
+    campaign = campaign_of(book, 10)
+    assert send_batch(campaign.id, 0) == send_batch_result(sent=2, failed=8)
+    records = book.records(campaign.id, "failed")
+    assert [record.attempts for record in records] == [1] * 8
+    replies = [record.reply for record in records]
+    assert replies[:3] == [
+        "ValueError: bad value",
+        "UnicodeEncodeError: 'ascii' codec can't encode character '\\xfc' in position 0: not ASCII",
+        "RecursionError: too deep",
+    ]
+    assert replies[3:7] == ["AssertionError:", "KeyError: 'x'", "half of a character \\udcff", "no SMTPUTF8"]
+    assert replies[7].startswith("LookupError: line break line break")
+    assert len(replies[7]) <= 300
+    assert run_until_finished(celery, book, campaign.id)["sent"] == 2
+
+
+@pytest.mark.parametrize("end", [MemoryError("no more"), SoftTimeLimitExceeded()])
+def test_what_ends_the_task_is_tried_again_and_fails_at_last_with_its_reason(
+    book: Ledger, celery: Any, mail_server: MailServer, monkeypatch: pytest.MonkeyPatch, end: Exception
+) -> None:
+    monkeypatch.setattr(tasks, "retry_delay", lambda attempt: 0)
+    build, ended = messages.build, Counter[str]()
+
+    def fails(campaign_id: str, origin: Any, content: Any, columns: dict[str, str]) -> bytes:
+        if columns["email"] in ("user1@example.com", "user3@example.com"):
+            ended[columns["email"]] += 1
+            if columns["email"] == "user1@example.com" or ended[columns["email"]] < 2:
+                raise end
+        return build(campaign_id, origin, content, columns)
+
+    monkeypatch.setattr(messages, "build", fails)
+    campaign = campaign_of(book, 5)
+    while counts(book, campaign.id).get("pending"):
+        try:
+            send_batch(campaign.id, 0)
+        except type(end):
+            continue
+    assert counts(book, campaign.id) == {"sent": 4, "failed": 1}
+    [record] = book.records(campaign.id, "failed")
+    assert (record.attempts, record.reply) == (MOST_ATTEMPTS, messages.reason(end))
+    assert mail_server.received() == Counter(f"user{n}@example.com" for n in (0, 2, 3, 4))
+
+
+def test_a_task_that_ends_while_a_mail_leaves_leaves_it_in_doubt(
+    book: Ledger, mail_server: MailServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = smtplib.SMTP.send
+
+    def send_and_end(self: smtplib.SMTP, data: str | bytes) -> None:
+        write(self, data)
+        if isinstance(data, bytes):
+            raise SoftTimeLimitExceeded
+
+    monkeypatch.setattr(smtplib.SMTP, "send", send_and_end)
+    campaign = campaign_of(book, 2)
+    with pytest.raises(SoftTimeLimitExceeded):
+        send_batch(campaign.id, 0)
+    [record] = book.records(campaign.id, "ambiguous")
+    assert record.reply.startswith("after the mail was sent: SoftTimeLimitExceeded")
+    assert counts(book, campaign.id) == {"ambiguous": 1, "pending": 1}
 
 
 @pytest.fixture

@@ -16,10 +16,10 @@ from typing import Any, NoReturn
 import click
 import redis
 
-from campaigns import messages, recipients, settings
-from campaigns.messages import MessageError, Template
-from campaigns.recipients import RecipientsError
-from campaigns.store import STATES, Campaign, Ledger, Record, UnknownCampaign, ledger
+from campaigns import headers, messages, recipients, settings
+from campaigns.messages import Mailbox, MessageError, Template
+from campaigns.recipients import Problem, Recipient, RecipientsError
+from campaigns.store import STATES, Campaign, Deletion, Ledger, Record, UnknownCampaign, ledger
 
 SHOWN_PROBLEMS = 20
 SHOWN = (
@@ -107,17 +107,17 @@ def create(
     """Create a campaign and print its id.
 
     Give --recipients with either --template or --template-dir, or all of it as one --bundle. The columns
-    of the list are the variables of the template. Nothing is written unless every mail can be rendered.
+    of the list are the variables of the template. Nothing is written unless every mail can be made.
     """
     if bundle and (list_file or packaged or folder):
         raise click.UsageError("--bundle holds the recipients and the template: leave the other options out")
     if not bundle and (not list_file or bool(packaged) == bool(folder)):
         raise click.UsageError("give --recipients and one of --template and --template-dir, or give --bundle")
     send_at = _send_at(at)
-    if not name.isprintable() or not 0 < len(name.strip()) <= 100:
-        raise Refusal("the name must be 1 to 100 printable characters")
+    if headers.UNWANTED.search(name) or "\t" in name or not 0 < len(name.strip()) <= 100:
+        raise Refusal("the name must be 1 to 100 characters, and no control characters")
     try:
-        messages.sender(sender)
+        origin = messages.sender(sender)
         if bundle:
             template, data = messages.from_bundle(bundle.read())
         else:
@@ -128,8 +128,8 @@ def create(
     except MessageError as error:
         raise Refusal(str(error)) from error
     except RecipientsError as error:
-        _refuse_list(error)
-    _render_all(template, people)
+        _refuse("the recipient list cannot be used:", error.problems, error)
+    _check_mails(origin, template, people)
 
     policy = ambiguous or settings.ambiguous()
     campaign_id = ledger().create(
@@ -239,22 +239,55 @@ def cancel(campaign_id: str) -> None:
     if before == "finished":
         raise Refusal(f"{campaign_id} is finished, there is nothing to cancel")
     counts = book.counts(campaign_id)
-    click.echo(f"{campaign_id} is cancelled: {counts['cancelled']} not sent, {counts['sent']} sent before")
+    leaving = _leaving(counts)
+    rest = f", {leaving} on their way" if leaving else ""
+    click.echo(
+        f"{campaign_id} is cancelled: {counts['cancelled']} not sent, {counts['sent']} sent before{rest}"
+    )
 
 
 @main.command()
 @click.argument("campaign_ids", nargs=-1, required=True, metavar="CAMPAIGN_ID...")
 def delete(campaign_ids: tuple[str, ...]) -> None:
-    """Forget campaigns that are over, with what became of their recipients. Nothing is forgotten by itself."""
+    """Forget campaigns that are over, with what became of their recipients. Nothing is forgotten by itself.
+
+    Each campaign is deleted or, with the reason, kept, whatever becomes of the others.
+    """
     book = ledger()
+    kept = []
     for campaign_id in campaign_ids:
-        book.campaign(campaign_id)
-        kept = book.delete(campaign_id)
-        if kept == "ambiguous":
-            raise Refusal(f"{campaign_id} has ambiguous recipients: `campaigns resolve` them first")
-        if kept:
-            raise Refusal(f"{campaign_id} is {kept} and not over yet: wait, or `campaigns cancel` it first")
-        click.echo(f"{campaign_id} is deleted")
+        try:
+            deletion = book.delete(campaign_id)
+        except UnknownCampaign:
+            kept.append(f"no campaign {campaign_id}: `campaigns list` shows them all")
+            continue
+        if deletion.outcome == "deleted":
+            counts = ", ".join(f"{count} {state}" for state, count in deletion.counts.items() if count)
+            click.echo(f"{campaign_id} is deleted{counts and ': '}{counts}")
+        else:
+            kept.append(_why_kept(campaign_id, deletion))
+    if kept:
+        raise Refusal("\n".join(kept))
+
+
+def _why_kept(campaign_id: str, deletion: Deletion) -> str:
+    counts, leaving = deletion.counts, _leaving(deletion.counts)
+    if deletion.outcome == "ambiguous":
+        return (
+            f"{campaign_id} has ambiguous recipients ({counts['ambiguous']}): `campaigns resolve` them first"
+        )
+    if deletion.state == "cancelled":
+        # Of a worker that was lost the next check finds it out.
+        seconds = deletion.seconds + settings.check_seconds()
+        again = f"delete it again when they have arrived or failed, in at most {seconds} s"
+        return f"{campaign_id} is cancelled, but mails are still on their way ({leaving}): {again}"
+    left = f"{counts['pending']} to be sent to, {leaving} on their way, {counts['ambiguous']} ambiguous"
+    return f"{campaign_id} is not over ({left}): wait, or `campaigns cancel` it first"
+
+
+def _leaving(counts: dict[str, int]) -> int:
+    """How many mails are on their way."""
+    return counts["sending"] + counts["data"]
 
 
 def _in_doubt(campaign: Campaign, records: list[Record], addresses: tuple[str, ...]) -> list[int]:
@@ -292,23 +325,33 @@ def _send_at(at: str | None) -> datetime | None:
     return moment
 
 
-def _render_all(template: Template, people: list[recipients.Recipient]) -> None:
-    """Render every mail once: a template that fails for one recipient is known before any mail is sent."""
+def _check_mails(origin: Mailbox, template: Template, people: list[Recipient]) -> None:
+    """Render every mail once: what fails for one recipient is known before any mail is sent."""
+    problems = []
     for person in people:
         try:
-            messages.render(template, person.fields)
+            messages.check_mail("", origin, messages.render(template, person.fields), person.fields)
         except MessageError as error:
-            raise Refusal(f"the mail of line {person.line}: {error}") from error
+            problems.append(_mail_problem(person, error))
+        except MemoryError:
+            problems.append(Problem(person.line, 0, "the mail does not fit into memory"))
+    if problems:
+        _refuse("the mails of the recipients in these lines cannot be made:", problems)
 
 
-def _refuse_list(error: RecipientsError) -> NoReturn:
-    lines = [
-        "the recipient list cannot be used:",
-        *(f"  {problem}" for problem in error.problems[:SHOWN_PROBLEMS]),
-    ]
-    if len(error.problems) > SHOWN_PROBLEMS:
-        lines.append(f"  and {len(error.problems) - SHOWN_PROBLEMS} more problems")
-    raise Refusal("\n".join(lines)) from error
+def _mail_problem(person: Recipient, error: MessageError) -> Problem:
+    """Where in the list it is that a mail cannot be made."""
+    for column, value in person.fields.items():
+        if error.character and error.character in value:
+            return person.problem(column, f"{column} holds {headers.describe(error.character)}: {error}")
+    return Problem(person.line, 0, str(error))
+
+
+def _refuse(what: str, problems: list[Problem], cause: Exception | None = None) -> NoReturn:
+    lines = [what, *(f"  {problem}" for problem in problems[:SHOWN_PROBLEMS])]
+    if len(problems) > SHOWN_PROBLEMS:
+        lines.append(f"  and {len(problems) - SHOWN_PROBLEMS} more problems")
+    raise Refusal("\n".join(lines)) from cause
 
 
 def _report(book: Ledger, campaign: Campaign) -> dict[str, Any]:

@@ -259,7 +259,7 @@ function operations.expire(limit, most_attempts, patience)
     local attempts = tonumber(redis.call('HGET', key('attempts'), number))
     if attempts >= tonumber(most_attempts) then
       move(number, 'sending', 'failed', now)
-      redis.call('HSET', key('replies'), number, 'the worker was lost in each of ' .. attempts .. ' attempts')
+      redis.call('HSET', key('replies'), number, 'the worker or Redis was lost in each of ' .. attempts .. ' attempts')
     else
       move(number, 'sending', 'pending', now)
     end
@@ -366,20 +366,32 @@ function operations.finish()
   return 1
 end
 
--- Forgets a campaign that is closed and in nobody's doubt; `...` are the states. Answers what keeps it, nothing if it is
--- gone.
+-- Forgets a campaign if each of its recipients is settled, whether or not `finish` was called yet; `...` are the
+-- states. Answers "deleted", or what keeps it: "open" or "ambiguous"; in how many seconds the last claim expires; and
+-- how many recipients there are, or were, in each state: none, if a call is repeated.
 function operations.delete(...)
+  if not get('state') then
+    return {'deleted', 0, unpack(operations.counts(...))}
+  end
+  operations.finish()
+  local counts = operations.counts(...)
   if not get('finished_at') then
-    return get('state')
+    local last = now
+    for _, state in ipairs({'sending', 'data'}) do
+      local claim = redis.call('ZRANGE', key(state), -1, -1, 'WITHSCORES')
+      last = math.max(last, tonumber(claim[2] or 0))
+    end
+    return {'open', math.ceil(last - now), unpack(counts)}
   end
   if redis.call('EXISTS', key('ambiguous')) == 1 then
-    return 'ambiguous'
+    return {'ambiguous', 0, unpack(counts)}
   end
   redis.call('ZREM', index, id)
   for _, part in ipairs({'recipients', 'attempts', 'owners', 'replies', 'batches', 'resent', ...}) do
     redis.call('UNLINK', key(part))
   end
   redis.call('UNLINK', campaign)
+  return {'deleted', 0, unpack(counts)}
 end
 
 local answer = operations[ARGV[1]](unpack(ARGV, 3))

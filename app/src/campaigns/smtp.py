@@ -38,6 +38,10 @@ class InDoubt(Exception):
     """The connection broke after the mail's content left: nobody knows whether the server took it."""
 
 
+class Unsendable(Exception):
+    """This mail could be handed to no server, for instance because of its address: nothing was sent."""
+
+
 class Mailer:
     """One SMTP session, opened when first needed and again when it broke. Not for several threads."""
 
@@ -67,13 +71,16 @@ class Mailer:
             raise Unreachable(f"{self._server}: {error.smtp_code} {_text(error.smtp_error)}") from error
         except (smtplib.SMTPException, OSError) as error:
             raise Unreachable(f"{self._server}: {error}") from error
+        except ValueError as error:
+            # Of smtplib, for a login or a name that is not ASCII. Its message quotes the password.
+            raise Unreachable(f"{self._server}: the host, the user or the password is not ASCII") from error
 
     def send(self, sender: str, recipient: str, mail: bytes, begin_data: Callable[[], bool]) -> str | None:
         """Send one mail and return the server's reply, None if `begin_data` forbade it.
 
         `begin_data` is asked right before DATA. A session that broke before that, as idle ones do, is opened
         once more; a server that breaks those of two mails in a row is unreachable. Raises Unreachable,
-        Refused, Dropped or InDoubt.
+        Refused, Dropped, Unsendable or InDoubt, and what `begin_data` raises.
         """
         before, self._dropped = self._dropped, 0
         self.connect()
@@ -114,20 +121,26 @@ class Mailer:
         assert self._smtp and self._smtp.sock
         smtp, sock = self._smtp, self._smtp.sock
         try:
-            options = [f"SIZE={len(mail)}"] if smtp.has_extn("size") else []
-            code, reply = smtp.mail(sender, options)
+            size = f" SIZE={len(mail)}" if smtp.has_extn("size") else ""
+            code, reply = self._command("MAIL", f"FROM:<{sender}>{size}")
             if code >= 500 and code != TOO_LARGE:
                 self._reset()
                 raise Unreachable(f"{self._server} refuses the sender: {code} {_text(reply)}")
             self._expect(2, "MAIL", code, reply)
-            self._expect(2, "RCPT", *smtp.rcpt(recipient))
+            self._expect(2, "RCPT", *self._command("RCPT", f"TO:<{recipient}>"))
             if not begin_data():
                 self._reset()
                 return None
-            self._expect(3, "DATA", *smtp.docmd("DATA"))
+            self._expect(3, "DATA", *self._command("DATA"))
+        except (Unreachable, Refused, Dropped):
+            raise
         except (smtplib.SMTPException, OSError) as error:
             self._close()
             raise Dropped(f"the connection broke before the mail was sent: {error}") from error
+        except BaseException:
+            # The next mail must not begin in the middle of this one.
+            self._close()
+            raise
         try:
             sock.settimeout(self._server.reply_seconds)
             smtp.send(re.sub(rb"(?m)^\.", b"..", mail) + b".\r\n")
@@ -136,6 +149,9 @@ class Mailer:
         except (smtplib.SMTPException, OSError) as error:
             self._close()
             raise InDoubt(f"the connection broke after the mail was sent: {error}") from error
+        except Exception as error:
+            self._close()
+            raise InDoubt(f"after the mail was sent: {type(error).__name__}: {error}") from error
         if 200 <= code < 300:
             return f"{code} {_text(reply)}"
         if 400 <= code < 600 and code != SERVICE_CLOSING:
@@ -145,6 +161,14 @@ class Mailer:
         if not 400 <= code < 600:
             raise InDoubt(f"the server's answer to the mail was no reply: {_text(reply)}")
         raise Refused("end of data", code, _text(reply))
+
+    def _command(self, verb: str, argument: str = "") -> tuple[int, bytes]:
+        assert self._smtp
+        try:
+            return self._smtp.docmd(verb, argument)
+        except ValueError as error:
+            # Of smtplib, before it writes: a line break, or a character beyond ASCII (SMTPUTF8).
+            raise Unsendable(f"{verb}: the address cannot be told to a mail server: {error}") from error
 
     def _expect(self, kind: int, stage: str, code: int, reply: bytes) -> None:
         """Raise Dropped if the server takes its leave, Refused on any other reply than of the kind wanted."""

@@ -114,6 +114,16 @@ class Claim:
     attempt: int  # from 1
 
 
+@dataclass(frozen=True)
+class Deletion:
+    """Whether a campaign was deleted, and what there was of it in that moment."""
+
+    outcome: str  # deleted, open or ambiguous
+    state: str  # the campaign's
+    seconds: int  # until the last claim of a mail on its way expires
+    counts: dict[str, int]  # recipients by state
+
+
 class Ledger:
     """The campaigns of one Redis database. Thread-safe.
 
@@ -348,10 +358,11 @@ class Ledger:
         """Write a campaign's finishing time; False if it is open or was finished before."""
         return bool(self._call(campaign_id, "finish"))
 
-    def delete(self, campaign_id: str) -> str | None:
-        """Forget a campaign and its recipients; the state or the doubt that forbids it, None when it is gone."""
-        kept = self._call(campaign_id, "delete", *STATES, confirm=True)
-        return str(kept) if kept else None
+    def delete(self, campaign_id: str) -> Deletion:
+        """Forget a campaign and its recipients, if all of them are settled. Raises UnknownCampaign."""
+        state = self.campaign(campaign_id).state
+        outcome, seconds, *counts = self._call(campaign_id, "delete", *STATES, confirm=True)
+        return Deletion(outcome, state, int(seconds), dict(zip(STATES, map(int, counts), strict=True)))
 
     def open(self, campaign_id: str) -> bool:
         """Whether any recipient may still change without anybody's decision."""
@@ -371,7 +382,8 @@ class Ledger:
         if not numbers:
             return {}
         rows = self._values(campaign.id, "recipients", numbers)
-        return {int(number): json.loads(row) for number, row in zip(numbers, rows, strict=True)}
+        # A campaign that was deleted in between has no rows.
+        return {int(number): json.loads(row) for number, row in zip(numbers, rows, strict=True) if row}
 
     def reschedule(self, campaign: Campaign, batch: int) -> None:
         """A worker has done what it could for a batch: it is due again with its first pending recipient."""
@@ -408,6 +420,8 @@ class Ledger:
         sent is confirmed; any other outcome that a failover undoes ends as pending or ambiguous.
         """
         sent = state == "sent"
+        # What Python quotes of a bad text may be no text itself.
+        reply = reply.encode(errors="backslashreplace").decode()
         args = (claim.number, claim.owner, state, delay, reply[:REPLY_LENGTH] if sent else reply, int(refund))
         patience = max(PATIENCE_SECONDS, patience or 0)
         return bool(self._call(claim.campaign_id, "settle", *args, confirm=sent, patience=patience))

@@ -12,18 +12,22 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+import redis
+from celery.exceptions import SoftTimeLimitExceeded
 from celery.signals import worker_shutting_down
 from celery.utils.log import get_task_logger
 
 from campaigns import messages, settings
 from campaigns.celery import app
 from campaigns.messages import MessageError
-from campaigns.smtp import Dropped, InDoubt, Mailer, Refused, Unreachable
-from campaigns.store import MOST_ATTEMPTS, Campaign, Claim, Ledger, Unconfirmed, ledger
+from campaigns.smtp import Dropped, InDoubt, Mailer, Refused, Unreachable, Unsendable
+from campaigns.store import MOST_ATTEMPTS, Campaign, Claim, Ledger, Unconfirmed, UnknownCampaign, ledger
 
 LONGEST_RETRY_SECONDS = 3600
 # The lease of a mail on its way, as a multiple of the longest wait for its reply.
 DATA_LEASE = 1.5
+# What ends a task, whichever mail it is at.
+ENDS_THE_TASK = (MemoryError, SoftTimeLimitExceeded)
 
 log = get_task_logger(__name__)
 _stopping = threading.Event()
@@ -67,9 +71,15 @@ def send_batch(campaign_id: str, batch_no: int) -> dict[str, int]:
     """Send what is due of a batch, over one connection. Returns the number of recipients by outcome."""
     started = time.monotonic()
     book = ledger()
-    campaign = book.campaign(campaign_id)
     counts: Counter[str] = Counter(sent=0, retry=0, failed=0, ambiguous=0, skipped=0, waiting=0)
+    try:
+        campaign = book.campaign(campaign_id)
+    except UnknownCampaign:
+        # Deleted, while its batches were still in the queue.
+        _log("unknown", campaign_id, {"batch": batch_no}, level=logging.WARNING)
+        return dict(counts)
     owner = uuid.uuid4().hex
+    lease = settings.reply_seconds() * DATA_LEASE
     with Mailer(settings.smtp()) as mailer:
         try:
             for number, columns in book.due(campaign, batch_no).items():
@@ -77,7 +87,10 @@ def send_batch(campaign_id: str, batch_no: int) -> dict[str, int]:
                     break
                 mailer.connect()
                 claim = book.claim(campaign_id, number, owner, settings.claim_seconds())
-                counts[_deliver(book, mailer, campaign, claim, columns) if claim else "skipped"] += 1
+                if not claim:
+                    counts["skipped"] += 1
+                else:
+                    counts[_deliver(book, mailer, campaign, claim, columns, lease)] += 1
         except (Unreachable, Unconfirmed) as error:
             counts["waiting"] += 1
             # Less than the time to the next check, so that this one tries again.
@@ -101,12 +114,14 @@ def finalize_campaign(campaign_id: str) -> dict[str, int]:
     return counts
 
 
-def _deliver(book: Ledger, mailer: Mailer, campaign: Campaign, claim: Claim, columns: dict[str, str]) -> str:
+def _deliver(
+    book: Ledger, mailer: Mailer, campaign: Campaign, claim: Claim, columns: dict[str, str], lease: float
+) -> str:
     """Send one claimed recipient's mail, write the outcome and return its name.
 
-    Raises Unreachable or Unconfirmed if the batch is to wait.
+    A mail that cannot be made or handed over fails its recipient, and nobody else. Raises Unreachable or
+    Unconfirmed if the batch is to wait, redis.RedisError and what ENDS_THE_TASK.
     """
-    lease = settings.reply_seconds() * DATA_LEASE
     settle = partial(book.settle, claim)
     begin_data = partial(book.begin_data, claim, lease)
     try:
@@ -120,6 +135,8 @@ def _deliver(book: Ledger, mailer: Mailer, campaign: Campaign, claim: Claim, col
         raise
     except InDoubt as error:
         settle("ambiguous", str(error))
+        if isinstance(error.__cause__, ENDS_THE_TASK):
+            raise error.__cause__ from error
         return "ambiguous"
     except (Refused, Dropped) as error:
         if claim.attempt < MOST_ATTEMPTS and (isinstance(error, Dropped) or error.temporary):
@@ -127,8 +144,22 @@ def _deliver(book: Ledger, mailer: Mailer, campaign: Campaign, claim: Claim, col
             return "retry"
         settle("failed", str(error))
         return "failed"
-    except MessageError as error:
+    except redis.RedisError:
+        raise
+    except ENDS_THE_TASK as error:
+        if claim.attempt < MOST_ATTEMPTS:
+            settle("pending", messages.reason(error), delay=retry_delay(claim.attempt))
+        else:
+            settle("failed", messages.reason(error))
+        raise
+    except (MessageError, Unsendable) as error:
         settle("failed", str(error))
+        return "failed"
+    except Exception as error:
+        # Nobody foresaw it, but its next attempt would end as this one, and the others' mails wait.
+        settle("failed", messages.reason(error))
+        values = {"recipient": claim.number, "error": type(error).__name__}
+        _log("unforeseen", campaign.id, values, level=logging.ERROR)
         return "failed"
     if reply is None:
         return "skipped"
