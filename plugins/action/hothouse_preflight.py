@@ -173,6 +173,12 @@ def check_reachable(problems: Problems, host: str, raw: Mapping[str, Any], where
             f"correct the name, or set ansible_host of `{host}`",
         )
     text = str(raw.get("ansible_host", ""))
+    if isinstance(raw.get("ansible_host"), int):
+        problems.add(
+            f"the ansible_host of `{host}` is the number {text}, which YAML makes of digits and colons",
+            where.get("ansible_host", "hosts.yml of the inventory"),
+            "put the address in quotes",
+        )
     if types.is_template(text) or not (set("[]:") & set(text)):
         return
     try:  # a zone is good for SSH
@@ -331,7 +337,8 @@ def check_addresses(problems: Problems, addresses: dict[str, str], where: dict[s
         problems.add(
             f"the private_address of `{host}` is {text}, {fault}",
             place,
-            f"set private_address of `{host}` to the address, IPv4 or IPv6, under which the other hosts reach it",
+            f"set private_address of `{host}` to the address, IPv4 or IPv6, under which the other hosts reach it"
+            + ("; put it in quotes, or YAML takes digits and colons for a number" if text.isdigit() else ""),
         )
     families = {
         version: [host for address, host in first.items() if address.version == version] for version in (4, 6)

@@ -221,6 +221,15 @@ def test_an_address_that_ssh_does_not_read_is_refused(
     assert "hosts.yml:" in message and "ansible_port" in message
 
 
+@pytest.mark.parametrize("name", ["ansible_host", "private_address"])
+def test_an_address_that_yaml_takes_for_a_number_is_refused(tmp_path: Path, name: str) -> None:
+    inventory = prod_with(tmp_path, redis2={name: "2001:10:20:30:40:50:1:2"})
+    path = inventory.path / "hosts.yml"
+    path.write_text(path.read_text().replace("'2001:10:20:30:40:50:1:2'", "2001:10:20:30:40:50:1:2"))
+    message = inventory.refusal()
+    assert f"the {name} of `redis2` is" in message and "in quotes" in message
+
+
 @pytest.mark.parametrize(
     ("values", "said"),
     [
