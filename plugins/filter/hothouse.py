@@ -17,7 +17,8 @@ from ansible.errors import AnsibleFilterError
 from cryptography import x509
 
 sys.path.append(str(Path(__file__).parents[1] / "plugin_utils"))
-import hothouse_variable_types as types  # found by the line above
+import hothouse_authorities as authorities  # found by the line above
+import hothouse_variable_types as types
 
 # What a Sentinel remembers of the primary, as it writes it down.
 EPOCH = re.compile(r"sentinel config-epoch hothouse ([0-9]{1,18})")
@@ -300,6 +301,41 @@ def release_faults(asked: dict[str, dict[str, Any]]) -> list[str]:
     return faults
 
 
+def authority_of(lines: list[str]) -> str:
+    """The certificates, in PEM, that a host said it trusts as its environment's; an empty string if it has none.
+
+    Lines as roles/prepare/vars/main.yml, __prepare_ask_authority, has them printed, others in between.
+    """
+    for line in lines:
+        if match := re.fullmatch(r"authority ([A-Za-z0-9+/=]+)", line.strip()):
+            try:
+                return base64.b64decode(match[1], validate=True).decode()
+            except ValueError:
+                return ""
+    return ""
+
+
+def authority_fault(lines: list[str], credentials: dict[str, str], host: str, file: str) -> str:
+    """Why a host that said these lines is not one of the credentials' environment; empty if it is, or is new."""
+    return authorities.refusal(host, file) if authorities.foreign(authority_of(lines), credentials) else ""
+
+
+def lost_credentials(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """What hosts said of an earlier run, from the results of roles/prepare/tasks/lost.yml.
+
+    The `hosts` that have credentials, the `authorities` that hosts trust (host → PEM), and who is `silent`.
+    """
+    asked = {result["item"]: result for result in results if not result.get("skipped")}
+    said = {host: [line.strip() for line in result.get("stdout_lines", [])] for host, result in asked.items()}
+    return {
+        "hosts": [
+            host for host, lines in said.items() if any(line.startswith("credential ") for line in lines)
+        ],
+        "authorities": {host: text for host, lines in said.items() if (text := authority_of(lines))},
+        "silent": [host for host, lines in said.items() if "asked" not in lines],
+    }
+
+
 def upgrade_time(slot: int) -> str:
     """The time of day, HH:MM, at which the host with this number upgrades: from 2 o'clock on, 20 minutes each."""
     minutes = (2 * 60 + int(slot) * 20) % (24 * 60)
@@ -476,6 +512,7 @@ class FilterModule:
     def filters(self) -> dict[str, Any]:
         return {
             "as_specified": as_specified,
+            "authority_fault": authority_fault,
             "bcrypt_hash": bcrypt_hash,
             "certificate_expiry": certificate_expiry,
             "clock_skew": clock_skew,
@@ -484,6 +521,7 @@ class FilterModule:
             "environment_folder": environment_folder,
             "firewall_rules": firewall_rules,
             "host_certificates": host_certificates,
+            "lost_credentials": lost_credentials,
             "nft_rules": nft_rules,
             "release_faults": release_faults,
             "redis_roles": redis_roles,

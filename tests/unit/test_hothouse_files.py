@@ -624,7 +624,10 @@ def killed(work: Callable[[], None], moment: int) -> bool:
         count = itertools.count(1)
 
         def announce(event: str, _: object) -> None:
-            if event.startswith(("open", "os.", "shutil.", "tempfile.", "subprocess.")) and next(count) == moment:
+            if (
+                event.startswith(("open", "os.", "shutil.", "tempfile.", "subprocess."))
+                and next(count) == moment
+            ):
                 os.kill(os.getpid(), signal.SIGKILL)
 
         try:
@@ -660,7 +663,10 @@ def test_what_a_killed_run_left_of_a_secret_is_removed_by_the_next_wherever_it_w
         folder.mkdir()
         old = [filled(folder / name, "old", secret=True, mode="0600") for name in ("a", "b")]
         put(*old)
-        new = [filled(folder / name, SECRET, secret=True, mode="0600", validate="test -s %s") for name in ("a", "b")]
+        new = [
+            filled(folder / name, SECRET, secret=True, mode="0600", validate="test -s %s")
+            for name in ("a", "b")
+        ]
         died = killed(lambda new=new: put(*new), moment)  # type: ignore[misc]
         found = holding(tmp_path)
         left |= {name.partition("hothouse-")[0] for name in found if "hothouse-" in name}

@@ -1,4 +1,4 @@
-"""What is written for the node exporter as root, into a folder in whose place the exporter's account may put anything."""
+"""What is written for the node exporter as root, into a folder that the exporter's account may put anything in."""
 
 from __future__ import annotations
 

@@ -8,15 +8,19 @@ from shlex import quote
 from typing import Any
 
 import pytest
+import test_rotation
 from conftest import Stack
-from test_rotation import Load, publisher  # noqa: F401  a fixture
 from testinfra.host import Host
 
 pytestmark = pytest.mark.scenarios("prod")
 
+# Tasks that are published without a pause.
+publisher = test_rotation.publisher
+
 FIGURES = "/var/lib/prometheus/node-exporter/upkeep.prom"
-# An upgrade as dpkg carries it out, with the scripts of the packages. To dpkg it is as if the packages' own configuration
-# had changed in between, in each of the files that ours took the place of: without our settings it would ask, and end.
+# An upgrade as dpkg carries it out, with the scripts of the packages. To dpkg it is as if the packages' own
+# configuration had changed in between, in each of the files that ours took the place of: without our settings it would
+# ask, and end.
 UPGRADE = r"""
 set -eu
 for package in "$@"; do
@@ -66,10 +70,10 @@ def updating(stack: Stack) -> Iterator[list[str]]:
 def test_an_upgrade_of_the_packages_loses_no_task(
     stack: Stack,
     publisher: None,
-    wait: Callable[..., Any],  # noqa: F811
+    wait: Callable[..., Any],
 ) -> None:
     """Of Redis, Sentinel, HAProxy and nginx, on one host after the other as their times of the day have it."""
-    load = Load(stack)
+    load = test_rotation.Load(stack)
     load.before = load.count()
     primary = stack.primary()
     # The primary in between: the next one is upgraded as well.
