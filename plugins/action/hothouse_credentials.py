@@ -592,8 +592,8 @@ class ActionModule(ActionBase):
             path = given
         if given.is_symlink() and not path.exists():
             raise AnsibleActionFail(
-                f"{given} is a link to {given.readlink()}, where there is no file. Nothing was generated or changed. Bring "
-                f"back what it leads to, such as a disk that is not mounted, or remove the link."
+                f"{given} is a link to {given.readlink()}, where there is no file. Nothing was generated or changed. "
+                f"Bring back what it leads to, such as a disk that is not mounted, or remove the link."
             )
         return path
 
@@ -624,8 +624,8 @@ class ActionModule(ActionBase):
         if document.has("ca_certificate"):
             return (
                 f"{ca_file} is the certificate of another authority than that of {path}. Nothing was generated or "
-                f"changed. One of the two files is old, or of another environment. Get both from the colleague who deployed "
-                f"last; if {path.name} is right, remove {ca_file.name}, and a run writes it anew."
+                f"changed. One of the two files is old, or of another environment. Get both from the colleague who "
+                f"deployed last; if {path.name} is right, remove {ca_file.name}, and a run writes it anew."
             )
         state = (
             "has no authority"
@@ -640,10 +640,11 @@ class ActionModule(ActionBase):
             else "a file that can no longer be read"
         )
         return (
-            f"{path} {state}, but {ca_file} is there, {what}: the environment was deployed before. Nothing was generated "
-            f"or changed. Copy {path.name} from the colleague who has it, or from a backup; or fetch what the hosts know "
-            f"with playbooks/recover.yml. Only if the environment is really new, or all its hosts are to get new "
-            f"credentials, add `-e credentials_replace=true`; see docs/credentials.md, A file that is missing."
+            f"{path} {state}, but {ca_file} is there, {what}: the environment was deployed before. Nothing was "
+            f"generated or changed. Copy {path.name} from the colleague who has it, or from a backup; or fetch what "
+            "the hosts know with playbooks/recover.yml. Only if the environment is really new, or all its hosts are "
+            "to get new credentials, add `-e credentials_replace=true`; see docs/credentials.md, A file that is "
+            "missing."
         )
 
     def _remember(self, document: Document, seen: list[str]) -> list[str]:

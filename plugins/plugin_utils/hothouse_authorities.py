@@ -51,7 +51,7 @@ def issued(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
 
 
 def foreign(text: str, credentials: Mapping[str, str]) -> bool:
-    """Whether a host, which trusts the authorities in this PEM, is one of another environment than these credentials."""
+    """Whether a host that trusts the authorities in this PEM is one of another environment than these credentials."""
     found = certificates(text)
     return bool(found) and not any(belongs(authority, credentials) for authority in found)
 
@@ -60,8 +60,8 @@ def refusal(host: str, file: object) -> str:
     """Why a host does not go together with the credentials in a file, and what to do."""
     return (
         f"The host {host} trusts another authority than that of {file}: it is one of another environment, or has "
-        f"credentials of another generation. Nothing was changed on the hosts. Look at its address in hosts.yml. If it is "
-        f"right, get the newest credentials.yml from the colleague who deployed last, or fetch what the hosts know into a "
-        f"new one with playbooks/recover.yml. Only if the host is to get the credentials of this file all the same, add "
-        f"`-e credentials_replace=true`; see docs/credentials.md, A file that is missing."
+        "credentials of another generation. Nothing was changed on the hosts. Look at its address in hosts.yml. If it "
+        "is right, get the newest credentials.yml from the colleague who deployed last, or fetch what the hosts know "
+        "into a new one with playbooks/recover.yml. Only if the host is to get the credentials of this file all the "
+        "same, add `-e credentials_replace=true`; see docs/credentials.md, A file that is missing."
     )

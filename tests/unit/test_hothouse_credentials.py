@@ -472,8 +472,8 @@ def action() -> Any:
 
 
 WANTED = {
-    "passwords": ["redis_admin", "redis_worker", "flower_password"], "users": ["flower_user"], "certificates": [NGINX, HOST],
-    "exclusive": "host_", "authorities": {}, "replace": False,
+    "passwords": ["redis_admin", "redis_worker", "flower_password"], "users": ["flower_user"], "certificates": [NGINX,
+    HOST], "exclusive": "host_", "authorities": {}, "replace": False,
 }  # fmt: skip
 
 
