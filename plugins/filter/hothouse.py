@@ -6,6 +6,7 @@ import base64
 import fnmatch
 import hashlib
 import ipaddress
+import json
 import re
 import sys
 from pathlib import Path, PurePath
@@ -82,6 +83,19 @@ def environment_words(words: list[str]) -> str:
         return re.sub(r"""([\\"'])""", r"\\\1", text)
 
     return escape(escape(" ".join(words)))
+
+
+def systemd_quoted(text: str) -> str:
+    """A value for a line of an environment file, as systemd reads it: everything stands for itself but these two."""
+    return '"' + re.sub(r'["\\]', r"\\\g<0>", text) + '"'
+
+
+def yaml_quoted(text: str) -> str:
+    """A text as a YAML scalar. JSON does not escape all that YAML takes for the end of a line, or does not take."""
+    quoted = json.dumps(text, ensure_ascii=False)
+    return re.sub(
+        r"[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]", lambda match: f"\\u{ord(match[0]):04x}", quoted
+    )
 
 
 def worker_files(instances: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -529,10 +543,12 @@ class FilterModule:
             "remains_command": remains_command,
             "python_package": python_package,
             "rule_files": rule_files,
+            "systemd_quoted": systemd_quoted,
             "scrape_targets": scrape_targets,
             "services_of": services_of,
             "transport_obstacle": transport_obstacle,
             "upgrade_time": upgrade_time,
+            "yaml_quoted": yaml_quoted,
             "worker_files": worker_files,
             "worker_instances": worker_instances,
             "worker_queues": worker_queues,
