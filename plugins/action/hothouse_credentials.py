@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib.util
 import ipaddress
 import os
 import re
 import secrets
+import shutil
 import string
+import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -25,6 +29,17 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+sys.path.append(str(Path(__file__).parents[1] / "plugin_utils"))
+import hothouse_authorities as authorities  # found by the line above
+
+# Plugins are no package that could be imported by name.
+_spec = importlib.util.spec_from_file_location(
+    "hothouse_lock_action", Path(__file__).with_name("hothouse_lock.py")
+)
+assert _spec and _spec.loader
+processes = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(processes)
 
 VARIABLE = "credentials"
 NEW_FILE = f"""---
@@ -57,7 +72,11 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     "ca_file": {"type": "str"},
     "exclusive": {"type": "str"},
     "exclusive_passwords": {"type": "str", "no_log": False},
+    "authorities": {"type": "dict", "default": {}},
+    "replace": {"type": "bool", "default": False},
 }
+THROWAWAY = "hothouse-credentials="
+THROWAWAY_SECONDS = 86400  # after which one of another machine, with the same home, was left behind too
 
 
 class Document:
@@ -120,6 +139,15 @@ class Document:
             raise AnsibleActionFail(
                 f"`{name}` in {self.path} cannot be decrypted with the vault password of this run."
             ) from None
+
+    def public(self) -> dict[str, str]:
+        """What is no secret and tells whose the credentials are: certificates, and which authorities there were."""
+        names = [
+            name
+            for name in self.entries
+            if name.endswith(("_certificate", "_certificate_old")) or name == authorities.REPLACED
+        ]
+        return {name: self.get(name) for name in names}
 
     def set(self, name: str, value: str) -> None:
         """Adds a value, or replaces it where it stands."""
@@ -470,8 +498,7 @@ def assert_names(options: dict[str, Any]) -> None:
 
 def write(path: Path, content: bytes, mode: int) -> None:
     """Replaces a file atomically and durably; at no time can anybody else read what `mode` denies them."""
-    # The name begins with a dot, so Ansible does not take the remains of a killed run for variables.
-    staged = path.with_name(f".{path.name}.new")
+    staged = staged_name(path)
     staged.unlink(missing_ok=True)
     with os.fdopen(os.open(staged, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         file.write(content)
@@ -484,6 +511,29 @@ def write(path: Path, content: bytes, mode: int) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def staged_name(path: Path) -> Path:
+    """Where a file is written until it is complete."""
+    # The name begins with a dot, so Ansible does not take the remains of a killed run for variables.
+    return path.with_name(f".{path.name}.new")
+
+
+def throwaway() -> Path:
+    """A folder that Ansible removes when it ends, or the next run if this one is killed."""
+    name = THROWAWAY + processes.process(os.getppid()).replace("/", "=") + "="
+    return Path(tempfile.mkdtemp(prefix=name, dir=C.DEFAULT_LOCAL_TMP))
+
+
+def forget_throwaways() -> None:
+    """Removes what runs in check mode left that were killed. There are secrets in it."""
+    for path in Path(C.DEFAULT_LOCAL_TMP).parent.glob(f"ansible-local-*/{THROWAWAY}*"):
+        process = path.name.removeprefix(THROWAWAY).rpartition("=")[0].replace("=", "/")
+        with contextlib.suppress(OSError):
+            old = time.time() - path.stat().st_mtime > THROWAWAY_SECONDS
+            if processes.has_ended(process) or old:
+                shutil.rmtree(path)
+                path.parent.rmdir()  # unless there is something else
 
 
 @contextlib.contextmanager
@@ -510,6 +560,10 @@ class ActionModule(ActionBase):
         assert_names(options)
         return dict(options)
 
+    def _completed(self, document: Document, options: dict[str, Any]) -> tuple[list[str], list[str]]:
+        """What `_compare` and `complete` return, in the order in which they make sense."""
+        return self._compare(document, options), self.complete(document, options)
+
     def complete(self, document: Document, options: dict[str, Any]) -> list[str]:
         """Adds what is missing. Returns its names."""
         return generate(document, options)
@@ -517,7 +571,7 @@ class ActionModule(ActionBase):
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         super().run(tmp, task_vars)
         options = self.options()
-        path = Path(self._loader.path_dwim(options["path"])).resolve()
+        path = self._place(options["path"])
         vault_secrets = VaultSecretsContext.current().secrets or []
         if options["require_vault"] and not vault_secrets:
             raise AnsibleActionFail(
@@ -527,13 +581,91 @@ class ActionModule(ActionBase):
                 f"{path} was not touched."
             )
         try:
+            forget_throwaways()
             if self._task.check_mode:
                 return self._apply(path, options, VaultLib(vault_secrets))
             path.parent.mkdir(parents=True, exist_ok=True)
             with locked(path.parent):
+                staged_name(path).unlink(missing_ok=True)  # of a run that was killed
                 return self._apply(path, options, VaultLib(vault_secrets))
         except OSError as error:
             raise AnsibleActionFail(f"{error.filename or path}: {error.strerror}.") from None
+
+    def _place(self, name: str) -> Path:
+        """Where the file is, behind links. Raises AnsibleActionFail if a link leads nowhere: a disk may be missing."""
+        given = Path(self._loader.path_dwim(name))
+        try:
+            path = given.resolve()
+        except (OSError, RuntimeError):
+            path = given
+        if given.is_symlink() and not path.exists():
+            raise AnsibleActionFail(
+                f"{given} is a link to {given.readlink()}, where there is no file. Nothing was generated or changed. "
+                f"Bring back what it leads to, such as a disk that is not mounted, or remove the link."
+            )
+        return path
+
+    def _compare(self, document: Document, options: dict[str, Any]) -> list[str]:
+        """The fingerprints of authorities that this environment had or has, by its published certificate and its hosts.
+
+        Raises AnsibleActionFail if one of them is not that of the credentials, which would replace it.
+        """
+        credentials = document.public()
+        seen = []
+        ca_file = Path(self._loader.path_dwim(options["ca_file"])) if options["ca_file"] else None
+        if ca_file and (ca_file.exists() or ca_file.is_symlink()):
+            found = authorities.certificates(ca_file.read_text(errors="replace") if ca_file.exists() else "")
+            good = any(authorities.belongs(one, credentials) for one in found)
+            # Credentials that know their authority write it anew.
+            if not (good or options["replace"] or (not found and document.has("ca_certificate"))):
+                raise AnsibleActionFail(self._refusal(document, ca_file, bool(found)))
+            seen += found
+        for host, text in options["authorities"].items():
+            if authorities.foreign(text, credentials) and not options["replace"]:
+                raise AnsibleActionFail(authorities.refusal(host, document.path))
+            seen += authorities.certificates(text)
+        return list(dict.fromkeys(map(authorities.fingerprint, seen)))
+
+    def _refusal(self, document: Document, ca_file: Path, readable: bool) -> str:
+        """Why credentials and the published certificate do not go together, and what to do."""
+        path = document.path
+        if document.has("ca_certificate"):
+            return (
+                f"{ca_file} is the certificate of another authority than that of {path}. Nothing was generated or "
+                f"changed. One of the two files is old, or of another environment. Get both from the colleague who "
+                f"deployed last; if {path.name} is right, remove {ca_file.name}, and a run writes it anew."
+            )
+        state = (
+            "has no authority"
+            if document.entries
+            else "holds no credentials"
+            if path.exists()
+            else "is missing"
+        )
+        what = (
+            "the certificate of this environment's authority"
+            if readable
+            else "a file that can no longer be read"
+        )
+        return (
+            f"{path} {state}, but {ca_file} is there, {what}: the environment was deployed before. Nothing was "
+            f"generated or changed. Copy {path.name} from the colleague who has it, or from a backup; or fetch what "
+            "the hosts know with playbooks/recover.yml. Only if the environment is really new, or all its hosts are "
+            "to get new credentials, add `-e credentials_replace=true`; see docs/credentials.md, A file that is "
+            "missing."
+        )
+
+    def _remember(self, document: Document, seen: list[str]) -> list[str]:
+        """Notes the authorities whose place the present one took, so that a host which still has one is not refused."""
+        present = [
+            authorities.fingerprint(one) for one in authorities.certificates(document.get("ca_certificate"))
+        ]
+        known = document.get(authorities.REPLACED).split()
+        new = [mark for mark in seen if mark not in (*present, *known)]
+        if not new or not present:
+            return []
+        document.set(authorities.REPLACED, " ".join([*known, *new]))
+        return [f"replaced: an authority of before, {mark[:16]}…" for mark in new]
 
     def _apply(self, path: Path, options: dict[str, Any], vault: VaultLib) -> dict[str, Any]:
         """Brings the file to what is wanted; see RETURN."""
@@ -542,8 +674,8 @@ class ActionModule(ActionBase):
         document = Document(text, path, vault)
         names = [*options.get("passwords", []), *options.get("users", []), "ca_key", "ca_certificate"]
         known = any(document.has(name) for name in names)
-        generated = self.complete(document, options)
-        notes = [f"{self.done}: {name}" for name in generated]
+        seen, generated = self._completed(document, options)
+        notes = [f"{self.done}: {name}" for name in generated] + self._remember(document, seen)
         for name in superfluous(document, options):
             document.remove(name)
             notes.append(f"removed: {name}")
@@ -556,7 +688,7 @@ class ActionModule(ActionBase):
             if vault.secrets:
                 content = vault.encrypt(content, secret, vault_id=vault_id)
             if self._task.check_mode:
-                file = Path(tempfile.mkdtemp(prefix="hothouse-", dir=C.DEFAULT_LOCAL_TMP)) / path.name
+                file = throwaway() / path.name
             write(file, content, 0o600)
         if path.exists() and path.stat().st_mode & 0o077:
             notes.append("mode set to 0600")

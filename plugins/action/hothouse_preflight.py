@@ -26,6 +26,18 @@ sys.path.append(str(Path(__file__).parents[1] / "plugin_utils"))
 import hothouse_variable_types as types  # found by the line above
 from hothouse_addresses import Address, NoAddressError, address_of, network_of, unreachable
 
+# Names that the deployment gives itself: as a regular expression, and why no other value has a place there.
+OWN_ENVIRONMENT = {
+    "PATH|PYTHONPATH|PYTHONHOME|PYTHONUNBUFFERED|REMAP_SIGTERM|WORKER_OPTIONS|HOTHOUSE_.*": "is set by the deployment",
+    "CREDENTIALS_DIRECTORY|NOTIFY_SOCKET|WATCHDOG_(USEC|PID)|LISTEN_.*|MAINPID|INVOCATION_ID|JOURNAL_STREAM": (
+        "is set by systemd"
+    ),
+    "(CELERY_)?(BROKER_URL|RESULT_BACKEND)|CELERY_BROKER_(READ|WRITE)_URL": (
+        "would be read by Celery, which would leave the deployment's Redis for what it names"
+    ),
+}
+ENVIRONMENT_BYTES = 131072  # of NAME=VALUE, with the zero behind it
+
 # Packages that the deployment itself needs in the application's lock file, and what for.
 NEEDED_PACKAGES = {
     "celery": "the application is a Celery application",
@@ -626,15 +638,47 @@ def check_monitor(problems: Problems, variables: Mapping[str, Any], where: dict[
         )
 
 
-def check_environment(problems: Problems, environment: Mapping[str, Any], where: dict[str, str]) -> None:
-    """Values fit a line of an environment file."""
+def check_environment(problems: Problems, environment: Mapping[Any, Any], where: dict[str, str]) -> None:
+    """Names and values reach the application's processes as they stand there."""
     for name, value in environment.items():
-        if "\n" in str(value):
+        place = where.get(str(name), where.get("app_environment", "group_vars"))
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             problems.add(
-                f"app_environment: the value of {name} has several lines, which an environment file cannot hold",
-                where.get(name, where.get("app_environment", "group_vars")),
-                "put it into app_credentials, whose values are files",
+                f"app_environment: {name!r} cannot name an environment variable",
+                place,
+                "use letters of ASCII, digits and _, with no digit at the beginning",
             )
+        elif reason := next(
+            (text for names, text in OWN_ENVIRONMENT.items() if re.fullmatch(names, name)), None
+        ):
+            problems.add(f"app_environment: {name} {reason}", place, "give it another name, or leave it out")
+        elif isinstance(value, bool) or not isinstance(value, str | int):
+            kind = "nothing (null)" if value is None else f"{type(value).__name__} {str(value)[:40]}"
+            problems.add(
+                f"app_environment: the value of {name} is no text but {kind}, which has no one form as a text",
+                place,
+                "write the text in quotes that the application is to read; a template can end in `| string`",
+            )
+        else:
+            check_environment_value(problems, name, str(value), place)
+
+
+def check_environment_value(problems: Problems, name: str, value: str, place: str) -> None:
+    """A text fits a line of an environment file, as systemd reads it, and an argument of a process."""
+    files = "put it into app_credentials, whose values are files"
+    if "\n" in value:
+        fault = "has several lines, which an environment file cannot hold"
+    # systemd leaves out a variable with a control character, and all of a file with what is no character of Unicode.
+    elif found := re.search(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff\ufdd0-\ufdef]", value) or re.search(
+        "[" + "".join(chr(plane << 16 | 0xFFFE) + chr(plane << 16 | 0xFFFF) for plane in range(17)) + "]",
+        value,
+    ):
+        fault = f"has the character U+{ord(found[0]):04X}, which no environment can hold"
+    elif len(f"{name}={value}".encode()) >= ENVIRONMENT_BYTES:
+        fault = f"has more than the {ENVIRONMENT_BYTES} bytes that Linux takes"
+    else:
+        return
+    problems.add(f"app_environment: the value of {name} {fault}", place, files)
 
 
 def check_source(problems: Problems, source: str, where: str) -> None:

@@ -53,7 +53,7 @@ WORDS = {
     "/etc/redis/replication.conf": ("redis_replica", r"^masterauth (\S+)$"),
     "/etc/haproxy/haproxy.cfg": ("redis_haproxy", r'send "AUTH haproxy ([^\\" ]+)\\r\\n"'),
 }
-AUTHORITIES = ("/etc/hothouse/tls/ca.crt", "/etc/nginx/hothouse-ca.crt")
+AUTHORITIES = ("/etc/hothouse/ca.crt", "/etc/hothouse/tls/ca.crt", "/etc/nginx/hothouse-ca.crt")
 REFERENCE = re.compile(r"\{\{\s*(?:credentials(?:\.(\w+)|\[['\"](\w+)['\"]\])|(\w+))\s*\}\}")
 
 
@@ -173,7 +173,18 @@ class ActionModule(credentials.ActionModule):  # type: ignore[name-defined, misc
 
     def options(self) -> dict[str, Any]:
         _, options = self.validate_argument_spec(ARGUMENTS)
-        return dict(options) | {"exclusive": None}
+        return dict(options) | {"exclusive": None, "authorities": {}, "replace": False}
+
+    def _completed(self, document: Any, options: dict[str, Any]) -> tuple[list[str], list[str]]:
+        recovered = self.complete(document, options)
+        return self._compare(document, options), recovered
+
+    def _refusal(self, document: Any, ca_file: Path, readable: bool) -> str:
+        return (
+            f"{ca_file} is the certificate of another authority than the hosts have: these may be hosts of another "
+            f"environment. Nothing was written. Look at their addresses in hosts.yml; if they are right, remove "
+            f"{ca_file.name}."
+        )
 
     def complete(self, document: Any, options: dict[str, Any]) -> list[str]:
         answers = {host: read(lines) for host, lines in options["answers"].items()}

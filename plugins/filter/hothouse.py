@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import fnmatch
 import hashlib
+import json
 import re
 import sys
 from pathlib import Path, PurePath
@@ -18,6 +19,7 @@ from cryptography import x509
 
 sys.path.append(str(Path(__file__).parents[1] / "plugin_utils"))
 import hothouse_addresses as addresses  # found by the line above
+import hothouse_authorities as authorities  # found by the line above
 import hothouse_variable_types as types
 
 # What a Sentinel remembers of the primary, as it writes it down.
@@ -84,6 +86,19 @@ def environment_words(words: list[str]) -> str:
         return re.sub(r"""([\\"'])""", r"\\\1", text)
 
     return escape(escape(" ".join(words)))
+
+
+def systemd_quoted(text: str) -> str:
+    """A value for a line of an environment file, as systemd reads it: everything stands for itself but these two."""
+    return '"' + re.sub(r'["\\]', r"\\\g<0>", text) + '"'
+
+
+def yaml_quoted(text: str) -> str:
+    """A text as a YAML scalar. JSON does not escape all that YAML takes for the end of a line, or does not take."""
+    quoted = json.dumps(text, ensure_ascii=False)
+    return re.sub(
+        r"[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]", lambda match: f"\\u{ord(match[0]):04x}", quoted
+    )
 
 
 def worker_files(instances: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -369,6 +384,41 @@ def release_faults(asked: dict[str, dict[str, Any]]) -> list[str]:
     return faults
 
 
+def authority_of(lines: list[str]) -> str:
+    """The certificates, in PEM, that a host said it trusts as its environment's; an empty string if it has none.
+
+    Lines as roles/prepare/vars/main.yml, __prepare_ask_authority, has them printed, others in between.
+    """
+    for line in lines:
+        if match := re.fullmatch(r"authority ([A-Za-z0-9+/=]+)", line.strip()):
+            try:
+                return base64.b64decode(match[1], validate=True).decode()
+            except ValueError:
+                return ""
+    return ""
+
+
+def authority_fault(lines: list[str], credentials: dict[str, str], host: str, file: str) -> str:
+    """Why a host that said these lines is not one of the credentials' environment; empty if it is, or is new."""
+    return authorities.refusal(host, file) if authorities.foreign(authority_of(lines), credentials) else ""
+
+
+def lost_credentials(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """What hosts said of an earlier run, from the results of roles/prepare/tasks/lost.yml.
+
+    The `hosts` that have credentials, the `authorities` that hosts trust (host → PEM), and who is `silent`.
+    """
+    asked = {result["item"]: result for result in results if not result.get("skipped")}
+    said = {host: [line.strip() for line in result.get("stdout_lines", [])] for host, result in asked.items()}
+    return {
+        "hosts": [
+            host for host, lines in said.items() if any(line.startswith("credential ") for line in lines)
+        ],
+        "authorities": {host: text for host, lines in said.items() if (text := authority_of(lines))},
+        "silent": [host for host, lines in said.items() if "asked" not in lines],
+    }
+
+
 def upgrade_time(slot: int) -> str:
     """The time of day, HH:MM, at which the host with this number upgrades: from 2 o'clock on, 20 minutes each."""
     minutes = (2 * 60 + int(slot) * 20) % (24 * 60)
@@ -587,6 +637,7 @@ class FilterModule:
         return {
             "as_specified": as_specified,
             "asked_name": asked_name,
+            "authority_fault": authority_fault,
             "bcrypt_hash": bcrypt_hash,
             "bracketed": addresses.bracketed,
             "certificate_expiry": certificate_expiry,
@@ -600,6 +651,7 @@ class FilterModule:
             "leads_home": leads_home,
             "mail_domain": addresses.mail_domain,
             "memory_wanted": memory_wanted,
+            "lost_credentials": lost_credentials,
             "nft_rules": nft_rules,
             "nginx_exactly": nginx_exactly,
             "release_faults": release_faults,
@@ -609,11 +661,13 @@ class FilterModule:
             "python_package": python_package,
             "route_faults": route_faults,
             "rule_files": rule_files,
+            "systemd_quoted": systemd_quoted,
             "scrape_targets": scrape_targets,
             "servers_of": servers_of,
             "services_of": services_of,
             "transport_obstacle": transport_obstacle,
             "upgrade_time": upgrade_time,
+            "yaml_quoted": yaml_quoted,
             "worker_files": worker_files,
             "worker_instances": worker_instances,
             "worker_queues": worker_queues,

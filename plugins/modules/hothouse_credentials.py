@@ -73,8 +73,23 @@ options:
     description: How the names of some passwords begin. Those that begin so and are not in O(passwords) are removed.
     type: str
   ca_file:
-    description: Where to write the authority's public certificate for clients, mode 0644.
+    description:
+      - Where to write the authority's public certificate for clients, mode 0644.
+      - If a certificate is there that has nothing to do with what is in the file of the credentials, because that file
+        was lost or is one of another environment, the task fails before anything is generated. What has to do with it
+        is the authority itself, C(ca_certificate_old), one whose place it took, and one that issued a certificate in
+        it.
     type: str
+  authorities:
+    description:
+      - For each host that has one, the certificates in PEM of the authorities that it trusts. One of them has to do
+        with what is in the file in the same way, or the task fails before anything is generated.
+    type: dict
+    default: {}
+  replace:
+    description: Generate what is missing whatever authority there was. It is remembered, as C(ca_replaced).
+    type: bool
+    default: false
 attributes:
   check_mode:
     support: full

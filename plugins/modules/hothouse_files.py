@@ -551,7 +551,7 @@ def forget_stages() -> None:
 
 
 def left_behind(items: Iterable[Item]) -> list[Path]:
-    """Files that a run which was killed left beside those of the list, or in its directories. There may be secrets in them."""
+    """Files that a killed run left beside those of the list, or in its directories. There may be secrets in them."""
     folders = {item.at.parent for item in items} | {item.at for item in items if item.state == "directory"}
     found = []
     for folder in sorted(folders):

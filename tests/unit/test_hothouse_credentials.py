@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -450,3 +451,248 @@ def test_a_run_removes_the_certificate_of_a_host_that_left_and_says_so(play: Run
     assert f"removed: {HOST['name']}_key" in one.output
     assert not [name for name in read(path) if name.startswith("host_")]
     assert not play([task(path, certificates=[NGINX], exclusive="host_")]).results[0]["changed"]
+
+
+# Whose credentials these are
+
+
+class Loader:
+    """The part of Ansible's loader that is asked where a file is."""
+
+    @staticmethod
+    def path_dwim(path: str) -> str:
+        return path
+
+
+def action() -> Any:
+    """The action, without a task that runs it."""
+    module = object.__new__(plugin.ActionModule)
+    module._loader = Loader()
+    return module
+
+
+WANTED = {
+    "passwords": ["redis_admin", "redis_worker", "flower_password"], "users": ["flower_user"], "certificates": [NGINX,
+    HOST], "exclusive": "host_", "authorities": {}, "replace": False,
+}  # fmt: skip
+
+
+def run(text: str, folder: Path, **options: Any) -> tuple[dict[str, str], str]:
+    """The credentials and the text that a run makes of a file's text, with ca.crt in the folder; as `_apply` does."""
+    path = folder / "credentials.yml"
+    path.write_text(text)
+    wanted = {**WANTED, "ca_file": str(folder / "ca.crt"), **options}
+    document = plugin.Document(text, path, VAULT)
+    seen, _ = action()._completed(document, wanted)
+    action()._remember(document, seen)
+    (folder / "ca.crt").write_text(document.get("ca_certificate"))
+    return yaml.safe_load(document.text)["credentials"], document.text
+
+
+@pytest.fixture
+def deployed(tmp_path: Path) -> tuple[dict[str, str], str]:
+    """The credentials of an environment that was deployed, whose ca.crt is beside."""
+    return run("", tmp_path)
+
+
+def test_a_new_environment_needs_nothing(deployed: tuple[dict[str, str], str]) -> None:
+    assert "ca_replaced" not in deployed[0]
+
+
+def test_a_run_that_changes_nothing_is_let_through(
+    deployed: tuple[dict[str, str], str], tmp_path: Path
+) -> None:
+    host = {"redis1": deployed[0]["ca_certificate"]}
+    assert run(deployed[1], tmp_path, authorities=host)[1] == deployed[1]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "# nothing\n", "---\ncredentials: {}\n", "credentials:\n", "credentials:\n  own: x\n"]
+)
+def test_without_credentials_the_certificate_of_the_authority_refuses_a_run(
+    deployed: tuple[dict[str, str], str], tmp_path: Path, text: str
+) -> None:
+    before = (tmp_path / "ca.crt").read_text()
+    with pytest.raises(AnsibleActionFail) as error:
+        run(text, tmp_path)
+    for words in (
+        "colleague",
+        "playbooks/recover.yml",
+        "credentials_replace=true",
+        "Nothing was generated or changed",
+    ):
+        assert words in str(error.value)
+    assert (tmp_path / "ca.crt").read_text() == before
+    new, _ = run(text, tmp_path, replace=True)
+    assert new["ca_certificate"] != deployed[0]["ca_certificate"]
+
+
+def test_a_file_that_is_cut_off_anywhere_makes_no_new_authority(
+    deployed: tuple[dict[str, str], str], tmp_path: Path
+) -> None:
+    """Half a file is refused. Only certificates of hosts, which stand behind the authority, are issued anew."""
+    text = deployed[1]
+    outcomes = set()
+    for end in itertools.chain(range(0, len(text), 61), (match.end() for match in re.finditer("\n", text))):
+        folder = tmp_path / str(end)
+        folder.mkdir(exist_ok=True)
+        (folder / "ca.crt").write_text(deployed[0]["ca_certificate"])
+        try:
+            values, _ = run(text[:end], folder)
+        except AnsibleActionFail as error:
+            outcomes.add("refused")
+            assert deployed[0]["redis_admin"] not in str(error)
+            continue
+        outcomes.add("completed")
+        assert values["ca_certificate"] == deployed[0]["ca_certificate"], end
+        assert values["redis_admin"] == deployed[0]["redis_admin"], end
+    assert outcomes == {"refused", "completed"}
+
+
+@pytest.mark.parametrize("where", ["ca.crt", "host"])
+def test_an_authority_of_another_environment_is_refused(
+    deployed: tuple[dict[str, str], str], tmp_path: Path, where: str
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    stranger = run("", other)[0]["ca_certificate"]
+    options: dict[str, Any] = {}
+    if where == "host":
+        options["authorities"] = {"redis1": deployed[0]["ca_certificate"], "redis2": stranger}
+    else:
+        (tmp_path / "ca.crt").write_text(stranger)
+    with pytest.raises(AnsibleActionFail, match="redis2" if where == "host" else "ca.crt"):
+        run(deployed[1], tmp_path, **options)
+    run(deployed[1], tmp_path, replace=True, **options)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\n", b"nothing", b"\xff\0", b"-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n"],
+)
+def test_a_certificate_that_cannot_be_read_is_written_anew_or_refuses_a_run_without_credentials(
+    deployed: tuple[dict[str, str], str], tmp_path: Path, content: bytes
+) -> None:
+    (tmp_path / "ca.crt").write_bytes(content)
+    with pytest.raises(AnsibleActionFail, match="can no longer be read"):
+        run("", tmp_path)
+    assert run(deployed[1], tmp_path)[1] == deployed[1]
+    assert (tmp_path / "ca.crt").read_text() == deployed[0]["ca_certificate"]
+
+
+def without(text: str, *names: str) -> str:
+    for name in names:
+        text, found = re.subn(rf"(?m)^  {name}:.*\n(?:    .*\n)*", "", text)
+        assert found == 1, name
+    return text
+
+
+def test_what_the_guides_remove_is_generated_anew_without_a_word(
+    deployed: tuple[dict[str, str], str], tmp_path: Path
+) -> None:
+    """docs/credentials.md and docs/encryption.md, also with hosts that no run has come to yet."""
+    old = deployed[0]["ca_certificate"]
+    hosts = {"redis1": old}
+    # One password, all of them, a certificate.
+    for names in (
+        ["redis_admin"],
+        ["redis_admin", "redis_worker", "flower_password", "flower_user"],
+        ["nginx_key"],
+    ):
+        assert run(without(deployed[1], *names), tmp_path, authorities=hosts)[0]["ca_certificate"] == old
+    # The authority in two steps.
+    step = without(deployed[1].replace("  ca_certificate:", "  ca_certificate_old:"), "ca_key")
+    values, text = run(step, tmp_path, authorities=hosts)
+    assert values["ca_certificate"] != old
+    run(text, tmp_path, authorities={**hosts, "redis2": values["ca_certificate"] + old})
+    text = without(text, "ca_certificate_old")
+    run(text, tmp_path, authorities={**hosts, "redis2": values["ca_certificate"] + old})
+    # At once; then again after an interruption, when some hosts have the new one.
+    folder = tmp_path / "at once"
+    folder.mkdir()
+    (folder / "ca.crt").write_text(old)
+    values, text = run(without(deployed[1], "ca_key", "ca_certificate"), folder, authorities=hosts)
+    assert values["ca_certificate"] != old
+    assert run(text, folder, authorities={**hosts, "redis2": values["ca_certificate"]})[1] == text
+
+
+def test_a_replacement_that_was_interrupted_goes_on_without_the_variable(
+    deployed: tuple[dict[str, str], str], tmp_path: Path
+) -> None:
+    hosts = {"redis1": deployed[0]["ca_certificate"]}
+    (tmp_path / "ca.crt").unlink()
+    values, text = run("", tmp_path, authorities=hosts, replace=True)
+    again = run(text, tmp_path, authorities={**hosts, "redis2": values["ca_certificate"]})
+    assert again[1] == text
+    stranger = tmp_path / "stranger"
+    stranger.mkdir()
+    with pytest.raises(AnsibleActionFail):
+        run(text, tmp_path, authorities={"redis1": run("", stranger)[0]["ca_certificate"]})
+
+
+def test_an_old_copy_of_the_credentials_is_refused_when_the_authority_has_changed_since(
+    deployed: tuple[dict[str, str], str], tmp_path: Path
+) -> None:
+    step = without(deployed[1].replace("  ca_certificate:", "  ca_certificate_old:"), "ca_key")
+    run(step, tmp_path)
+    with pytest.raises(AnsibleActionFail, match="is old, or of another environment"):
+        run(deployed[1], tmp_path)
+
+
+def test_a_link_that_leads_nowhere_is_no_new_environment(tmp_path: Path) -> None:
+    (tmp_path / "credentials.yml").symlink_to(tmp_path / "vault/credentials.yml")
+    with pytest.raises(
+        AnsibleActionFail, match=r"is a link to .*vault/credentials\.yml, where there is no file"
+    ):
+        action()._place(str(tmp_path / "credentials.yml"))
+    loop = tmp_path / "loop.yml"
+    loop.symlink_to(loop)
+    with pytest.raises(AnsibleActionFail, match="is a link"):
+        action()._place(str(loop))
+
+
+def test_a_run_without_credentials_is_refused_in_check_mode_too(play: Runner, tmp_path: Path) -> None:
+    path, ca_file = tmp_path / "credentials.yml", tmp_path / "ca.crt"
+    ca_file.write_text(run("", tmp_path)[0]["ca_certificate"])
+    path.unlink()
+    for arguments in ([], ["--check"]):
+        done = play([task(path, ca_file=str(ca_file), **EVERYTHING)], *arguments)
+        assert done.code != 0 and "playbooks/recover.yml" in done.output
+        assert not path.exists()
+    assert play([task(path, ca_file=str(ca_file), replace=True, **EVERYTHING)]).code == 0
+    assert read(path)["ca_replaced"]
+
+
+# What a run leaves that is killed
+
+
+def test_what_a_killed_run_left_of_the_credentials_is_removed_by_the_next(
+    play: Runner, tmp_path: Path
+) -> None:
+    """Also if that one has nothing to write, and what a run in check mode wrote for itself."""
+    path = tmp_path / "credentials.yml"
+    assert play([task(path, **EVERYTHING)]).code == 0
+    staged = tmp_path / ".credentials.yml.new"
+    staged.write_text("secret")
+    temporary = tmp_path / "ansible/home/tmp"
+    ended = plugin.processes.process(os.getpid()).rpartition("/")[0] + "/1"
+    dead = temporary / f"ansible-local-1abcdefgh/{plugin.THROWAWAY}{ended.replace('/', '=')}=x"
+    own = plugin.processes.process(os.getpid()).replace("/", "=")
+    alive = temporary / f"ansible-local-2abcdefgh/{plugin.THROWAWAY}{own}=x"
+    elsewhere = temporary / f"ansible-local-3abcdefgh/{plugin.THROWAWAY}boot=ns=1=1=x"
+    long_ago = temporary / f"ansible-local-4abcdefgh/{plugin.THROWAWAY}boot=ns=1=1=x"
+    for folder in (dead, alive, elsewhere, long_ago):
+        folder.mkdir(parents=True)
+        (folder / "credentials.yml").write_text("secret")
+    os.utime(long_ago, (1, 1))
+    assert play([task(path, **EVERYTHING)]).code == 0
+    assert not staged.exists()
+    assert [folder for folder in (dead, alive, elsewhere, long_ago) if folder.exists()] == [alive, elsewhere]
+
+
+def test_a_run_in_check_mode_names_its_folder_after_its_process(play: Runner, tmp_path: Path) -> None:
+    done = play([task(tmp_path / "credentials.yml", **EVERYTHING)], "--check")
+    name = Path(done.results[0]["file"]).parent.name
+    assert plugin.processes.has_ended(
+        name.removeprefix(plugin.THROWAWAY).rpartition("=")[0].replace("=", "/")
+    )

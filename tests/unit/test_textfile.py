@@ -1,4 +1,4 @@
-"""What is written for the node exporter as root, into a folder in whose place the exporter's account may put anything."""
+"""What is written for the node exporter as root, into a folder that the exporter's account may put anything in."""
 
 from __future__ import annotations
 
@@ -78,8 +78,8 @@ def test_without_an_exporter_nothing_is_done(tmp_path: Path) -> None:
 
 
 HOSTILE = [
-    "x[$(touch owned)]", "$(touch owned)", "`touch owned`", "a[0$(touch owned>&2)]+1", "; touch owned", "1e9", "-1", "0x10",
-    "010", "9" * 5000, "\u0661", "1 2", "", " ", "\0", "PATH", "1\ntouch owned",
+    "x[$(touch owned)]", "$(touch owned)", "`touch owned`", "a[0$(touch owned>&2)]+1", "; touch owned", "1e9", "-1",
+    "0x10", "010", "9" * 5000, "\u0661", "1 2", "", " ", "\0", "PATH", "1\ntouch owned",
 ]  # fmt: skip
 
 

@@ -112,7 +112,7 @@ class Stack:
         return {
             name: value
             for name, value in values.items()
-            if name != "flower_user" and not name.endswith("_certificate")
+            if name not in ("flower_user", "ca_replaced") and not name.endswith("_certificate")
         } | {"__user": values["flower_user"]}
 
     @property

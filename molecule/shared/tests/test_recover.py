@@ -41,6 +41,29 @@ def test_a_run_without_the_credentials_of_its_hosts_is_refused(
     assert "changed=0" in done.stdout and "Ask the host what it runs" not in done.stdout
     assert (tmp_path / "credentials.yml").read_text() == before
     assert not (tmp_path / "ca.crt").exists()
+    # With the certificate of the authority no host has to be asked.
+    (tmp_path / "ca.crt").write_text((stack.credentials_file.parent / "ca.crt").read_text())
+    for words in (["playbooks/check.yml"], ["site.yml", "--check"]):
+        done = stack.playbook(*words, *fresh, check=False)
+        said = " ".join((done.stdout + done.stderr).split())
+        assert done.returncode != 0 and "playbooks/recover.yml" in said and "credentials_replace=true" in said
+        assert "Ask for credentials" not in done.stdout
+    assert (tmp_path / "credentials.yml").read_text() == before
+
+
+def test_a_host_of_another_environment_is_refused(stack: Stack) -> None:
+    name = list(stack.variables)[-1]
+    host, file, kept = stack.host(name), "/etc/hothouse/ca.crt", "/run/hothouse-test-ca.crt"
+    issue = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -subj /CN=stranger"
+    host.check_output(f"cp --archive {file} {kept}; {issue} -keyout /dev/null -out {file} 2>/dev/null")
+    try:
+        done = stack.playbook("playbooks/prepare.yml", "--limit", name, check=False)
+        said = " ".join((done.stdout + done.stderr).split())
+        assert done.returncode != 0 and f"The host {name} trusts another authority" in said
+        assert "changed=0" in done.stdout
+        assert "stranger" in host.check_output(f"openssl x509 -noout -subject -in {file}")
+    finally:
+        host.check_output(f"mv {kept} {file}")
 
 
 def test_the_hosts_know_every_credential_but_the_key_of_the_authority(

@@ -198,7 +198,10 @@ def test_every_process_is_in_the_list_and_every_line_of_it_is_a_process(
 
 
 def test_what_runs_for_a_moment_has_the_rights_that_the_list_says(stack: Stack) -> None:
-    names = "User,DynamicUser,CapabilityBoundingSet,ProtectSystem,ReadWritePaths,RuntimeDirectory,StateDirectory,NoNewPrivileges"
+    names = (
+        "User,DynamicUser,CapabilityBoundingSet,ProtectSystem,NoNewPrivileges,"
+        "ReadWritePaths,RuntimeDirectory,StateDirectory"
+    )
     for name in stack.variables:
         for row in here(stack, name, BRIEF):
             found = show(stack, name, row.unit, names)

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from shlex import quote
 from typing import Any
 
 import pytest
+import test_rotation
 from conftest import Stack
-from test_rotation import Load, publisher  # noqa: F401  a fixture
 from testinfra.host import Host
 
 pytestmark = pytest.mark.scenarios("prod")
 
+# Tasks that are published without a pause.
+publisher = test_rotation.publisher
+
 FIGURES = "/var/lib/prometheus/node-exporter/upkeep.prom"
-# An upgrade as dpkg carries it out, with the scripts of the packages. To dpkg it is as if the packages' own configuration
-# had changed in between, in each of the files that ours took the place of: without our settings it would ask, and end.
+# An upgrade as dpkg carries it out, with the scripts of the packages. To dpkg it is as if the packages' own
+# configuration had changed in between, in each of the files that ours took the place of: without our settings it would
+# ask, and end.
 UPGRADE = r"""
 set -eu
 for package in "$@"; do
@@ -49,27 +53,23 @@ def started(host: Host, unit: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def updating(stack: Stack) -> Iterator[list[str]]:
+def updating(stack: Stack) -> list[str]:
     """Two hosts, of either Debian, that install security updates by themselves, which local hosts do not."""
     hosts = [next(name for name in stack.group("redis") if name != stack.primary()), *stack.group("nginx")]
-    words = ("playbooks/prepare.yml", "--limit", ",".join(hosts))
-    stack.playbook(*words, "-e", "prepare_security_updates=true")
-    yield hosts
-    stack.playbook(*words)
-    for name in hosts:
-        host = stack.host(name)
-        assert 'APT::Periodic::Unattended-Upgrade "0";' in host.check_output("apt-config dump")
-        assert host.run("systemctl is-enabled hothouse-upkeep.timer").stdout.strip() == "disabled"
-        assert not host.file(FIGURES).exists
+    assert all(
+        'Unattended-Upgrade "0";' in stack.host(name).check_output("apt-config dump") for name in hosts
+    )
+    stack.playbook("playbooks/prepare.yml", "--limit", ",".join(hosts), "-e", "prepare_security_updates=true")
+    return hosts
 
 
 def test_an_upgrade_of_the_packages_loses_no_task(
     stack: Stack,
     publisher: None,
-    wait: Callable[..., Any],  # noqa: F811
+    wait: Callable[..., Any],
 ) -> None:
     """Of Redis, Sentinel, HAProxy and nginx, on one host after the other as their times of the day have it."""
-    load = Load(stack)
+    load = test_rotation.Load(stack)
     load.before = load.count()
     primary = stack.primary()
     # The primary in between: the next one is upgraded as well.

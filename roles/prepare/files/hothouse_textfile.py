@@ -1,9 +1,8 @@
 #!/usr/bin/python3 -I
 """roles/prepare: gives figures to the node exporter. As a command: hothouse_textfile.py NAME, with their text as input.
 
-The folder lies in one of the account prometheus, which may put anything in its place: a link, a pipe, a file that
-never ends. So no link is followed, nothing is waited for, and what is done there is done with the rights of the
-folder's owner.
+The folder lies in one of the account prometheus, which may put anything in its place: a link, a pipe, a file that never
+ends. So no link is followed, nothing is waited for, and it is done with the rights of the folder's owner.
 """
 
 from __future__ import annotations

@@ -228,7 +228,7 @@ def content(path: Path, most: int = -1) -> bytes:
 
 
 def text_of(path: Path) -> str | None:
-    """What Redis or Sentinel wrote, None if there is no such file. Whatever bytes these are, so each use checks its part."""
+    """What Redis or Sentinel wrote, None if there is no such file. It may be any bytes; each use checks its part."""
     try:
         return content(path, MOST_BYTES).decode("ascii", "replace")
     except FileNotFoundError:
