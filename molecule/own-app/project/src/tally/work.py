@@ -5,6 +5,8 @@ from pathlib import Path
 
 from celery import Celery
 
+from tally import libraries
+
 queue = Celery("tally", broker="redis://localhost:1/7", backend="redis://localhost:1/7")
 queue.conf.beat_schedule = {"tick": {"task": "tally.tick", "schedule": 1.0}}
 
@@ -20,3 +22,9 @@ def tick() -> str:
     """What the deployment handed over: the setting, and how long the secret is."""
     secret = Path(os.environ["CREDENTIALS_DIRECTORY"], "tally_key").read_text().strip()
     return f"{os.environ['TALLY_GREETING']} {len(secret)}"
+
+
+@queue.task(name="tally.use")
+def use() -> dict[str, str]:
+    """Uses libraries that a sandbox could harm: the name of each, and what it raised."""
+    return libraries.use_all()
