@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import hashlib
 import json
 import os
 import platform
 import re
+import shlex
 import shutil
-import subprocess
 import sys
 import tempfile
 import tomllib
@@ -22,15 +21,32 @@ from typing import Any
 
 from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
-from packaging.requirements import InvalidRequirement, Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
-BUNDLE = Path(__file__).resolve().parents[2]
+sys.path.append(str(Path(__file__).parents[1] / "plugin_utils"))
+from hothouse_build import (  # found by the line above
+    BUNDLE,
+    Backends,
+    export,
+    fetch_source,
+    pinned_lines,
+    read_lock,
+    registry_options,
+    run,
+    run_confined,
+    sha256,
+    source_only,
+    uv,
+)
+
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "source": {"type": "str", "required": True},
     "path": {"type": "path", "required": True},
+    "account": {"type": "str", "required": True},
+    "sandbox": {"type": "path"},
     "check": {"type": "list", "elements": "str", "default": []},
+    "check_as": {"type": "str", "choices": ["account", "root"], "default": "account"},
     "check_timeout": {"type": "int", "default": 120},
     "activate": {"type": "str", "choices": ["checked", "later", "now"], "default": "checked"},
     "metrics": {"type": "path"},
@@ -44,7 +60,9 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
     },
 }
 # Part of every ID: raise it when the same project would be built into something else.
-BUILDER = "1"
+BUILDER = "2"
+# What the program uv takes on a host while it installs.
+UV_BYTES = 64 << 20
 NOT_BUILT_AT_TOP = {"build", "dist", "docs", "node_modules", "test", "tests", "venv"}
 NOT_BUILT = {
     "__pycache__",
@@ -58,7 +76,6 @@ NOT_BUILT = {
     ".DS_Store",
 }
 NOT_BUILT_SUFFIXES = (".pyc", ".pyo", ".egg-info")
-PYPI = "https://pypi.org/simple"
 
 
 @dataclass(frozen=True)
@@ -69,6 +86,7 @@ class Project:
     name: str
     requires_python: str
     built: bool  # it becomes a wheel itself, not only its dependencies
+    dynamic: bool  # its build backend has to be asked for some of its metadata
     files: dict[str, Path]  # path within the project → the file, symbolic links followed
 
     @classmethod
@@ -94,9 +112,11 @@ class Project:
                 f"{source} has no uv.lock, so what would be installed is not settled. {where} "
                 f"To create the lock file, run `uv lock` in that folder and commit it."
             )
+        dynamic = bool(settings["project"].get("dynamic"))
         package = settings.get("tool", {}).get("uv", {}).get("package", "build-system" in settings)
         requires_python = settings["project"].get("requires-python", "")
-        return cls(source, canonicalize_name(name), requires_python, package, dict(project_files(source)))
+        files = dict(project_files(source))
+        return cls(source, canonicalize_name(name), requires_python, package, dynamic, files)
 
     def release_id(self) -> str:
         """16 hexadecimal digits over the builder's version and all that makes up the files, dates apart."""
@@ -132,59 +152,51 @@ def project_files(
             yield f"{below}{name}", entry
 
 
-def run(command: list[str], failure: str, cwd: Path | None = None) -> str:
-    """Runs a command of the controller with the user's own environment (proxies, CA, indexes).
-
-    Returns its standard output. Raises AnsibleActionFail: `failure`, then the end of what the command said.
-    """
-    environment = {name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"}
-    environment.setdefault("SOURCE_DATE_EPOCH", "315532800")  # 1980, the oldest date that a wheel can hold
-    done = subprocess.run(
-        command,
-        cwd=cwd,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        errors="replace",
-    )
-    if done.returncode:
-        said = "\n".join((done.stderr or done.stdout).strip().splitlines()[-20:])
-        raise AnsibleActionFail(f"{failure}\n{said}")
-    return done.stdout
-
-
-def uv() -> str:
-    """The uv beside this Ansible, which need not be on PATH; else the one on PATH."""
-    with contextlib.suppress(ImportError, FileNotFoundError):
-        from uv import find_uv_bin
-
-        return find_uv_bin()
-    if found := shutil.which("uv"):
-        return found
-    raise AnsibleActionFail(
-        f"uv is missing on the controller. Install it with `uv sync` or `pip install uv` in {BUNDLE}."
-    )
-
-
 def interpreter(project: Project) -> list[str]:
     """Has uv read a project with this very Python if the project allows it, else with one that uv finds."""
     version = ".".join(map(str, sys.version_info[:3]))
     return ["--python", sys.executable] if version in SpecifierSet(project.requires_python) else []
 
 
-def assert_lock_is_current(project: Project) -> None:
+def local_sources(project: Project) -> list[Path]:
+    """Folders and files beside the project that its lock file names, such as a path dependency of the group dev."""
+    kinds = ("path", "directory", "editable", "virtual")
+    named = [package["source"].get(kind) for package in read_lock(project.source) for kind in kinds]
+    return [project.source / path for path in named if path and path != "."]
+
+
+def assert_lock_is_current(project: Project, cache: Path) -> None:
     """Raises AnsibleActionFail when uv.lock no longer matches pyproject.toml."""
-    with contextlib.suppress(AnsibleActionFail):
-        run([uv(), "lock", "--check", "--offline", *interpreter(project)], "", project.source)
-        return
-    # Offline, uv cannot always tell an old lock file from metadata that it has not seen yet.
-    run(
-        [uv(), "lock", "--check", *interpreter(project)],
+    outdated = (
         f"{project.source}/uv.lock does not match pyproject.toml (or could not be checked). "
-        f"To renew it, run `uv lock` in that folder and commit it. uv said:",
-        project.source,
+        f"To renew it, run `uv lock` in that folder and commit it. uv said:"
     )
+    check = [uv(), "lock", "--check", *interpreter(project)]
+    beside = local_sources(project)
+    with tempfile.TemporaryDirectory(prefix=building_prefix(cache)) as name:
+        # A project whose build backend has to be asked for its dependencies is built for that.
+        folder = Path(name)
+        backends = Backends(project.source, cache) if project.dynamic else None
+        if beside:
+            where, readable = project.source, [project.source, *beside]
+        else:
+            where, readable = folder / "source", []
+            project.copy_to(where)
+        options = [*backends.options] if backends else ["--offline"]
+        try:
+            run_confined(
+                [*check, *options],
+                outdated,
+                folder,
+                [*readable, *([backends.folder] if backends else [])],
+                where,
+            )
+            return
+        except AnsibleActionFail:
+            if backends or beside:
+                raise
+    # Offline, uv cannot always tell an old lock file from metadata that it has not seen yet. Nothing is built.
+    run([*check, "--no-build"], outdated, project.source)
 
 
 def locked_requirements(project: Project, host: dict[str, str]) -> list[str]:
@@ -199,33 +211,7 @@ def locked_requirements(project: Project, host: dict[str, str]) -> list[str]:
             f"{host['python_full_version']}. Change requires-python in {project.source}/pyproject.toml, "
             f"or choose a host with another Debian."
         )
-    export = [uv(), "export", "--locked", "--no-dev", "--no-emit-project", "--no-annotate", "--no-header"]
-    export += interpreter(project)
-    text = run(export, f"The requirements of {project.source} cannot be read. uv said:", project.source)
-    requirements = []
-    for line in text.replace("\\\n", " ").splitlines():
-        specifier, *hashes = re.split(r"\s+--hash=", line.strip())
-        if not specifier:
-            continue
-        try:
-            requirement = Requirement(specifier)
-        except InvalidRequirement:
-            requirement = None
-        if requirement is None or requirement.url or not hashes:
-            raise AnsibleActionFail(
-                f"{project.source}/uv.lock holds `{specifier}`, which comes from no package index. A release "
-                f"carries only what an index offers with a hash: publish it to your index, or move it into "
-                f"the project."
-            )
-        if requirement.marker is None or requirement.marker.evaluate(dict(host, extra="")):
-            pinned = f"{requirement.name}{requirement.specifier}"
-            requirements.append(" ".join([pinned, *(f"--hash={value.strip()}" for value in hashes)]))
-    return requirements
-
-
-def read_lock(folder: Path) -> list[dict[str, Any]]:
-    """The packages of a uv.lock."""
-    return tomllib.loads((folder / "uv.lock").read_text(encoding="utf-8"))["package"]
+    return pinned_lines(export(project.source, "--no-dev", *interpreter(project)), host)
 
 
 def platforms(host: dict[str, str]) -> list[str]:
@@ -239,19 +225,13 @@ def download(project: Project, requirements: list[str], host: dict[str, str], ta
     """Fetches the wheels for a host with pip, which checks hashes and honours the user's pip settings."""
     if not requirements:
         return
-    registries = {
-        package["source"]["registry"]: None
-        for package in read_lock(project.source)
-        if "://" in package["source"].get("registry", "")
-        and package["source"]["registry"].rstrip("/") != PYPI
-    }
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--no-deps"]
     command += ["--disable-pip-version-check", "--require-hashes", "--only-binary=:all:"]
     version = re.match(r"[0-9.]+", host["python_full_version"])  # pip takes no suffix such as rc1
     command += ["--implementation=cp", "--python-version", version[0] if version else ""]
     command += ["--dest", str(target)]
     command += [word for name in platforms(host) for word in ("--platform", name)]
-    command += [word for url in registries for word in ("--extra-index-url", url)]
+    command += registry_options(project.source)
     python = f"Python {host['python_full_version']} on {host['platform_machine']}, glibc {host['glibc']}"
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as requested:
         requested.write("".join(f"{line}\n" for line in requirements))
@@ -280,31 +260,48 @@ def installer(project: Project, host: dict[str, str], cache: Path) -> Path:
     return wheel
 
 
-def build_wheel(project: Project, folder: Path) -> Path:
-    """Builds the project's own wheel from a copy of the files that its ID covers."""
-    project.copy_to(folder / "source")
-    output = folder / "own"
-    command = [uv(), "build", "--wheel", "--quiet", "--python", sys.executable, "--out-dir", str(output)]
-    run(command, f"The project {project.source} cannot be built. uv said:", folder / "source")
-    (wheel,) = output.glob("*.whl")
-    if not wheel.name.endswith("-none-any.whl"):
-        raise AnsibleActionFail(
-            f"{project.source} builds {wheel.name}, which holds compiled code for this controller. Only pure "
-            f"Python projects can be built here: publish the compiled part to your index and depend on it."
-        )
-    return wheel
+def building_prefix(cache: Path) -> str:
+    """How the folders begin in which uv builds. They lie outside of the bundle, which uv would take for a workspace."""
+    return f"hothouse-build-{hashlib.sha256(bytes(cache.resolve())).hexdigest()[:16]}-"
 
 
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def build_wheels(
+    project: Project, sources: dict[str, dict[str, str]], folder: Path, cache: Path
+) -> Iterator[Path]:
+    """Builds the project's own wheel, from a copy of the files that its ID covers, and those of `sources`."""
+    if not project.built and not sources:
+        return
+    backends = Backends(project.source, cache)
+    if project.built:
+        source = folder / "build" / "source"
+        project.copy_to(source)
+        yield backends.build(source, source.parent, f"The project {project.source}")
+    for number, (requirement, sdist) in enumerate(sources.items()):
+        place = folder / f"build-{number}"
+        place.mkdir()
+        name = f"{requirement.split()[0]}, of which an index has the source alone,"
+        yield backends.build(fetch_source(project.source, sdist, place), place, name)
 
 
 def pinned(wheel: Path) -> str:
     """The requirement that only this very file can meet."""
     name, version = wheel.name.split("-")[:2]
     return f"{name}=={version} --hash=sha256:{sha256(wheel)}"
+
+
+def installed_space(wheels: list[Path]) -> dict[str, int]:
+    """Bytes and inodes of what wheels become, compiled modules included, in blocks of 4 KiB."""
+    size = count = 0
+    for wheel in wheels:
+        with zipfile.ZipFile(wheel) as packed:
+            for entry in packed.infolist():
+                copies = 2 if entry.filename.endswith(".py") else 1
+                size += copies * ((entry.file_size + 4095) // 4096 * 4096)
+                count += copies
+            folders = {str(Path(name).parent) for name in packed.namelist()}
+            count += 2 * len(folders)
+            size += 2 * 4096 * len(folders)
+    return {"bytes": size, "inodes": count}
 
 
 def build(project: Project, release_id: str, host: dict[str, str], archive: Path) -> None:
@@ -316,11 +313,13 @@ def build(project: Project, release_id: str, host: dict[str, str], archive: Path
         folder = Path(name)
         wheels = folder / "wheels"
         wheels.mkdir()
-        assert_lock_is_current(project)
+        assert_lock_is_current(project, archive.parent)
         requirements = locked_requirements(project, host)
-        if project.built:
-            shutil.move(build_wheel(project, folder), wheels)
-        download(project, requirements, host, wheels)
+        sources = source_only(project.source, requirements)
+        with tempfile.TemporaryDirectory(prefix=building_prefix(archive.parent)) as building:
+            for wheel in build_wheels(project, sources, Path(building), archive.parent):
+                shutil.move(wheel, wheels)
+        download(project, [line for line in requirements if line not in sources], host, wheels)
         uv_wheel = installer(project, host, archive.parent)
         carried = sorted(wheels.iterdir())
         manifest = {
@@ -329,6 +328,7 @@ def build(project: Project, release_id: str, host: dict[str, str], archive: Path
             "python": host["python_full_version"],
             "uv": uv_wheel.name,
             "wheels": [wheel.name for wheel in carried],
+            "space": installed_space(carried),
         }
         staged = folder / "archive.zip"
         with zipfile.ZipFile(staged, "w") as file:
@@ -383,6 +383,11 @@ def read_manifest(archive: Path) -> dict[str, Any]:
         return {}
 
 
+def upload_name(path: str) -> str:
+    """Name of a sent archive: the host's half knows by it what a killed run left for the same path."""
+    return f"hothouse-release-{hashlib.sha256(path.encode()).hexdigest()[:16]}.zip"
+
+
 def cache_folder(loader: Any, options: dict[str, Any]) -> Path:
     """Where built archives are kept."""
     return Path(loader.path_dwim(options["cache"] or str(BUNDLE / ".hothouse/releases")))
@@ -404,21 +409,64 @@ class ActionModule(ActionBase):
         host = result.pop("host", {})
         if result.get("failed") or not result.pop("needed", False):
             return result
+        cache = cache_folder(self._loader, options)
         if self._task.check_mode:
-            assert_lock_is_current(project)
+            with tempfile.TemporaryDirectory() as nothing_stays:
+                assert_lock_is_current(project, Path(nothing_stays))
             locked_requirements(project, host)
             return result
-        cache = cache_folder(self._loader, options)
         archive = self._archive(project, release["id"], host, cache, options["keep"])
         release["sha256"] = sha256(archive)
         try:
             folder = self._connection._shell.tmpdir or self._make_tmp_path()
-            release["archive"] = self._connection._shell.join_path(folder, "release.zip")
+            self._assert_space(archive, options["path"], result.pop("space"), folder)
+            release["archive"] = self._connection._shell.join_path(folder, upload_name(options["path"]))
             self._transfer_file(str(archive), release["archive"])
             self._fixup_perms2((folder, release["archive"]))
-            return self._execute_module("hothouse_release", arguments, task_vars=task_vars)
+            done = self._execute_module("hothouse_release", arguments, task_vars=task_vars)
         finally:
             self._remove_tmp_path(self._connection._shell.tmpdir)
+        if "removed" in done:
+            done["removed"] = sorted({*result["removed"], *done["removed"]})
+        return done
+
+    def _assert_space(self, archive: Path, path: str, space: dict[str, int], upload: str) -> None:
+        """Raises AnsibleActionFail when a host has no room for a release, before anything is sent.
+
+        `space` is what the host's half found below `path`; what is free at `upload` is asked here.
+        """
+        at = shlex.quote(upload)
+        told = self._low_level_execute_command(
+            f"echo space: $(stat --format %d {at}) $(stat --file-system --format '%a %S %c %d' {at})"
+        )
+        # A greeting may stand around it.
+        said = re.search(r"space:((?: \d+){5})", told["stdout"])
+        if not said:
+            raise AnsibleActionFail(
+                f"The host does not say what is free at {upload}: {told['stdout']}{told['stderr']}"
+            )
+        device, blocks, block, inodes, free_inodes = map(int, said[1].split())
+        sent = archive.stat().st_size
+        needed = read_manifest(archive)["space"]
+        # What is unpacked, uv's copy of the wheels while it installs, and what stays.
+        wanted = {"bytes": sent + UV_BYTES + 2 * needed["bytes"], "inodes": 2 * needed["inodes"] + 100}
+        if device == space["device"]:
+            wanted["bytes"] += sent
+        elif blocks * block < sent:
+            raise AnsibleActionFail(
+                f"{upload} on this host has {blocks * block >> 20} MB free, the archive of the release has "
+                f"{sent >> 20} MB. Nothing was sent. Free space there, or set ansible_remote_tmp to a folder with more."
+            )
+        elif inodes and free_inodes < 10:
+            raise AnsibleActionFail(f"{upload} on this host has no free inodes. Nothing was sent.")
+        for kind, unit, amount in (("bytes", "MB", 1 << 20), ("inodes", "inodes", 1)):
+            if space[kind] < wanted[kind]:
+                raise AnsibleActionFail(
+                    f"{path} on this host has {space[kind] // amount} {unit} free, the release needs "
+                    f"{-(-wanted[kind] // amount)} {unit} while it is installed. Nothing was sent or installed, and "
+                    f"the release in service stays. Free space on that file system, or keep fewer releases (for the "
+                    f"application: the variable `app_releases_kept`)."
+                )
 
     def _export(self, project: Project, release_id: str, options: dict[str, Any]) -> dict[str, Any]:
         """Puts the archive for a target that cannot be asked, such as an image, at a path of the controller."""
@@ -449,7 +497,11 @@ class ActionModule(ActionBase):
                 archive.touch()
             else:
                 self._display.display(f"building {project.name} {release_id} for {kind}")
-                for remains in cache.glob(".build-*"):  # of a killed run, as the lock is ours now
+                elsewhere = Path(tempfile.gettempdir()).glob(f"{building_prefix(cache)}*")
+                for remains in (
+                    *cache.glob(".build-*"),
+                    *elsewhere,
+                ):  # of a killed run, as the lock is ours now
                     shutil.rmtree(remains)
                 build(project, release_id, host, archive)
                 prune(project, cache, keep)

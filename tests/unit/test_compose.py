@@ -242,7 +242,7 @@ def test_an_archive_is_built_for_a_debian_that_is_not_there(
     source = BUNDLE / "tests/unit/data/greeter"
     options = {
         "source": str(source), "path": "/nowhere", "cache": str(tmp_path / "cache"),
-        "archive": str(tmp_path / "release.zip"), "target": {"python": "3.13.5", "glibc": "2.41"},
+        "archive": str(tmp_path / "release.zip"), "account": "nobody", "target": {"python": "3.13.5", "glibc": "2.41"},
     }  # fmt: skip
     done = play([{"hothouse_release": options}])
     assert done.code == 0, done.output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
 import shutil
@@ -20,6 +21,8 @@ from conftest import BUNDLE, Play, load_plugin
 plugin = load_plugin("action/hothouse_release")
 module = load_plugin("modules/hothouse_release")
 PYTHON = "/usr/bin/python3"
+# Releases are installed by whoever runs the tests; as an account of its own, in a sandbox, in molecule/own-app.
+ACCOUNT = {"account": getpass.getuser(), "sandbox": None}
 GREETER = Path(__file__).parent / "data/greeter"
 FLOWER = BUNDLE / "roles/flower/files/flower"
 CHECK = ["{release}/bin/greeter"]
@@ -60,7 +63,7 @@ class Host:
     def task(self, **options: Any) -> dict[str, Any]:
         """The task that installs the project."""
         places = {"source": str(self.source), "path": str(self.path), "cache": str(self.cache)}
-        return {"hothouse_release": places | {"check": CHECK} | options}
+        return {"hothouse_release": places | {"check": CHECK, "account": ACCOUNT["account"]} | options}
 
     def deploy(self, *arguments: str, **options: Any) -> dict[str, Any]:
         """Runs the task and returns its result."""
@@ -95,7 +98,8 @@ class Machine:
 
     def __init__(self, folder: Path, built: Built) -> None:
         folder.mkdir()
-        self.releases = module.Releases(str(folder), PYTHON)
+        account = module.Account.read({**ACCOUNT, "path": str(folder)})
+        self.releases = module.Releases(str(folder), PYTHON, account)
         self.built = built
 
     def installed(self) -> set[str]:
@@ -108,8 +112,13 @@ class Machine:
         if archive:
             wanted |= {"archive": str(self.built.archive), "sha256": self.built.sha256}
         params = {"check": CHECK, "check_timeout": 60, "keep": 5, "release": wanted}
-        params |= {"activate": "checked", "metrics": None} | options
+        params |= {"activate": "checked", "metrics": None, "check_as": "account"} | options
         return module.apply(SimpleNamespace(params=params, check_mode=check_mode), self.releases)
+
+
+def describe_python() -> dict[str, str]:
+    """What a host says of its Python, here this machine."""
+    return module.Releases("/", PYTHON, module.Account.read({**ACCOUNT, "path": "/"})).describe_python()
 
 
 def build(source: Path, cache: Path) -> Built:
@@ -117,7 +126,7 @@ def build(source: Path, cache: Path) -> Built:
     project = plugin.Project.read(source)
     release = project.release_id()
     archive = cache / f"{release}.zip"
-    plugin.build(project, release, module.Releases(str(cache), PYTHON).describe_python(), archive)
+    plugin.build(project, release, describe_python(), archive)
     return Built(release, archive, plugin.sha256(archive))
 
 
@@ -190,7 +199,12 @@ def test_a_release_is_built_installed_offline_and_put_into_service(
         assert path.is_symlink() or not path.stat().st_mode & 0o022, path
     assert sorted(file.name for file in host.path.iterdir()) == [".lock", "current", "releases"]
     assert not (release / "bin/uv").exists()
-    assert [file.name.split("-")[0] for file in sorted(host.cache.iterdir())] == [".lock", "greeter", "uv"]
+    assert [file.name.split("-")[0] for file in sorted(host.cache.iterdir())] == [
+        ".lock",
+        "backends",
+        "greeter",
+        "uv",
+    ]
 
     assert not host.deploy("--check")["changed"]
     again = play([host.task()], "-vvv", text=True)
@@ -220,7 +234,7 @@ def test_a_release_that_fails_its_check_is_not_put_into_service(
         file.write("\nraise RuntimeError('no such broker setting')\n")
     machine.built = build(project, cache)
     assert machine.built.release != running
-    for attempt in ("first", "second, of a release that is installed by now"):
+    for attempt in ("first", "second"):
         with pytest.raises(module.ReleaseError) as failure:
             machine.apply()
         message = str(failure.value)
@@ -229,6 +243,7 @@ def test_a_release_that_fails_its_check_is_not_put_into_service(
         assert f"{machine.releases.folder / machine.built.release}/bin/greeter" in message
         assert "no such broker setting" in message
         assert machine.releases.linked("current") == running
+        assert machine.installed() == {running}, "a release that never passed a check does not stay"
     greeting = subprocess.run([machine.releases.path / "current/bin/greeter"], capture_output=True, text=True)
     assert greeting.stdout == "&lt;hello&gt;\n"
 
@@ -259,9 +274,10 @@ def test_an_interrupted_installation_is_not_used(machine: Machine) -> None:
     (release / "release.json").unlink()
     (machine.releases.folder / "0123456789abcdef/bin").mkdir(parents=True)
     shutil.rmtree(next(release.glob("lib/python3*/site-packages/greeter")))
-    assert machine.apply(archive=False)["needed"]
-    healed = machine.apply()
-    assert healed["installed"] and healed["removed"] == ["0123456789abcdef"]
+    asked = machine.apply(archive=False)
+    assert asked["needed"] and asked["removed"] == ["0123456789abcdef"]
+    assert machine.installed() == set(), "room is made before anything is sent"
+    assert machine.apply()["installed"]
     assert machine.installed() == {machine.built.release}
     assert not machine.apply(archive=False)["changed"]
 
@@ -273,6 +289,193 @@ def test_a_release_of_another_python_is_installed_again(machine: Machine) -> Non
     again = machine.apply()
     assert again["installed"] and not again["activated"] and again["changed"]
     assert not machine.apply()["changed"]
+
+
+def hostile(kind: str, folder: Path) -> None:
+    """Puts into a release what only code that ran during its installation can make."""
+    deep = folder / "lib/python3"
+    if kind == "a link to a file outside":
+        (deep / "link").symlink_to("/etc/passwd")
+    elif kind == "a link that goes up too far":
+        (deep / "link").symlink_to("../../../other")
+    elif kind == "a link through another link":
+        (deep / "up").symlink_to("../..")
+        (deep / "link").symlink_to("up/../other")
+    elif kind == "a link in the place of the record":
+        (folder / "release.json").symlink_to("/etc/passwd")
+    elif kind == "a second name":
+        (deep / "link").hardlink_to(folder / "bin/tool")
+    elif kind == "a pipe":
+        os.mkfifo(deep / "pipe")
+    elif kind == "a socket":
+        # The path of a socket must be short.
+        subprocess.run(
+            [PYTHON, "-c", "import socket; socket.socket(socket.AF_UNIX).bind('socket')"],
+            cwd=deep,
+            check=True,
+        )
+    else:
+        for _ in range(100):
+            deep /= "deep"
+        deep.mkdir(parents=True)
+
+
+@pytest.fixture
+def foreign(tmp_path: Path) -> Path:
+    """A release as an account of its own leaves it: with open modes, and links that stay inside."""
+    folder = tmp_path / "release"
+    for path in ("bin/tool", "lib/python3/module.py", "pyvenv.cfg"):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text("#!/bin/sh\n")
+    (folder / "bin/tool").chmod(0o6777)
+    (folder / "lib/python3").chmod(0o2777)
+    (folder / "pyvenv.cfg").chmod(0)
+    (folder / "bin/python").symlink_to(PYTHON)
+    (folder / "bin/python3").symlink_to("python")
+    (folder / "lib64").symlink_to("lib")
+    (folder / "lib/back").symlink_to("../bin/tool")
+    return folder
+
+
+def test_a_release_is_taken_over_with_plain_modes(foreign: Path) -> None:
+    os.setxattr(foreign / "bin/tool", "user.kept", b"no")
+    module.Seal(foreign, Path(PYTHON)).apply()
+    modes = {
+        str(path.relative_to(foreign)): path.stat().st_mode & 0o7777
+        for path in foreign.rglob("*")
+        if not path.is_symlink()
+    }
+    assert modes == {
+        "bin": 0o755, "bin/tool": 0o755, "lib": 0o755, "lib/python3": 0o755, "lib/python3/module.py": 0o644,
+        "pyvenv.cfg": 0o644,
+    }  # fmt: skip
+    assert os.listxattr(foreign / "bin/tool") == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files to another account")
+def test_a_release_that_another_account_made_becomes_roots(foreign: Path) -> None:
+    paths = [foreign, *foreign.rglob("*")]
+    for path in paths:
+        os.chown(path, 65534, 65534, follow_symlinks=False)
+    module.Seal(foreign, Path(PYTHON)).apply()
+    assert {(path.lstat().st_uid, path.lstat().st_gid) for path in paths} == {(0, 0)}
+    (foreign / "release.json").write_text("{}")
+    assert module.Releases.complete(foreign)
+    os.chown(foreign / "release.json", 65534, 65534)
+    assert not module.Releases.complete(foreign), "a record that a wheel brought vouches for nothing"
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["a link to a file outside", "a link that goes up too far", "a link through another link", "a second name",
+     "a link in the place of the record", "a pipe", "a socket", "folders without end"],
+)  # fmt: skip
+def test_what_no_wheel_can_hold_is_refused(foreign: Path, kind: str) -> None:
+    before = Path("/etc/passwd").stat()
+    hostile(kind, foreign)
+    with pytest.raises(module.ReleaseError, match="The release is refused"):
+        module.Seal(foreign, Path(PYTHON)).apply()
+    after = Path("/etc/passwd").stat()
+    assert (before.st_uid, before.st_mode, before.st_ctime) == (after.st_uid, after.st_mode, after.st_ctime)
+    module.remove(foreign)
+    assert not foreign.exists()
+
+
+def test_the_record_is_never_written_through_a_link(machine: Machine, tmp_path: Path) -> None:
+    machine.apply()
+    (tmp_path / "outside").write_text("as it was")
+    staged = machine.releases.folder / machine.built.release / ".release.json.new"
+    staged.symlink_to(tmp_path / "outside")
+    machine.releases.write_record(machine.releases.record(machine.built.release))
+    assert (tmp_path / "outside").read_text() == "as it was"
+
+
+def test_the_lines_of_the_drop_ins_are_the_sandbox(tmp_path: Path) -> None:
+    file = shutil.copy(BUNDLE / "roles/prepare/files/10-hardening.conf", tmp_path)
+    (tmp_path / "20-own.conf").write_text(
+        "[Unit]\nAfter=other.service\n[Service]\n# more\nPrivateDevices=no\n"
+    )
+    account = module.Account("nobody", tmp_path, "test.service")
+    lines = [line for line in Path(file).read_text().splitlines() if "=" in line and not line.startswith("#")]
+    assert account.properties() == [f"--property={line}" for line in [*lines, "PrivateDevices=no"]]
+    assert "--property=SystemCallErrorNumber=EPERM" in account.properties()
+    with pytest.raises(module.ReleaseError, match="has no sandbox"):
+        module.Account("nobody", tmp_path / "none", "test.service").properties()
+
+
+def test_another_account_than_ones_own_needs_a_sandbox() -> None:
+    other = "daemon" if getpass.getuser() != "daemon" else "root"
+    with pytest.raises(module.ReleaseError, match="`sandbox` is needed"):
+        module.Account.read({"account": other, "sandbox": None, "path": "/opt"})
+    with pytest.raises(module.ReleaseError, match="has no account no-such-account"):
+        module.Account.read({"account": "no-such-account", "sandbox": None, "path": "/opt"})
+
+
+def test_a_release_that_a_process_runs_is_not_removed(machine: Machine) -> None:
+    machine.apply()
+    script, compiled, plain = ("a" * 16, "b" * 16, "c" * 16)
+    for number, name in enumerate((script, compiled, plain)):
+        record = machine.releases.folder / name / "release.json"
+        (record.parent / "bin").mkdir(parents=True)
+        record.write_text("{}")
+        os.utime(record, (10**9 - number, 10**9 - number))
+        (record.parent / "bin/python").symlink_to(PYTHON)
+    wait = "import sys; print(flush=True); sys.stdin.read()"
+    found = machine.releases.folder
+    commands = [
+        ([found / script / "bin/python", "-c", wait], {}),
+        (["python3", "-c", wait], {"PATH": f"{found / compiled}/bin:/usr/bin"}),
+    ]
+    processes = [
+        subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        for command, environment in commands
+    ]
+    for process in processes:
+        assert process.stdout and process.stdout.readline() == b"\n"
+    try:
+        assert machine.apply(keep=1)["removed"] == [plain]
+    finally:
+        for process in processes:
+            process.communicate()
+    assert machine.apply(keep=1)["removed"] == [script, compiled]
+
+
+def test_room_is_made_before_a_release_is_sent(machine: Machine, other: Built) -> None:
+    """Neither the release in service goes then, nor the one that leads back from it."""
+    machine.apply()
+    back = machine.built.release
+    names = ["a" * 16, "b" * 16]
+    for age, name in enumerate(names):
+        record = machine.releases.folder / name / "release.json"
+        record.parent.mkdir()
+        record.write_text("{}")
+        os.utime(record, (10**9 - age, 10**9 - age))
+    machine.releases.link("previous", names[1])
+    machine.built = other
+    asked = machine.apply(archive=False, keep=1)
+    assert asked["removed"] == [names[0]] and asked["changed"]
+    assert asked["space"]["bytes"] > 0 and asked["space"]["inodes"] > 0
+    assert machine.installed() == {back, names[1]}
+    assert machine.apply(keep=1)["removed"] == [names[1]]
+    assert machine.installed() == {back, other.release}
+
+
+def test_what_was_sent_is_removed_with_the_remains_of_a_killed_run(machine: Machine, tmp_path: Path) -> None:
+    path = machine.releases.path
+    name = plugin.upload_name(str(path))
+    sent, left, others = (
+        tmp_path / f"tmp/ansible-tmp-{number}/{file}"
+        for number, file in ((1, name), (2, name), (3, plugin.upload_name("/opt/other")))
+    )
+    for file in (sent, left, others):
+        file.parent.mkdir(parents=True)
+        file.touch()
+    (path / ".install-killed/scratch").mkdir(parents=True)
+    task = SimpleNamespace(params={"release": {"archive": str(sent)}}, _remote_tmp=str(tmp_path / "tmp"))
+    assert module.remove_remains(task, machine.releases)
+    assert (sent.exists(), left.exists(), others.exists()) == (True, False, True)
+    assert not (path / ".install-killed").exists()
+    assert not module.remove_remains(task, machine.releases)
 
 
 def test_old_releases_are_removed_but_never_the_current_or_the_previous(
@@ -309,6 +512,7 @@ def test_an_archive_that_was_damaged_or_exchanged_is_refused(machine: Machine, t
     machine.built = Built(machine.built.release, changed, plugin.sha256(changed))
     with pytest.raises(module.ReleaseError, match="Hash mismatch"):
         machine.apply()
+    assert machine.installed() == set() and not list(machine.releases.path.glob(".install-*"))
     assert machine.apply(archive=False)["needed"] and not machine.releases.linked("current")
 
 
@@ -353,7 +557,7 @@ def test_projects_that_are_not_settled_are_refused_with_a_way_out(play: Runner, 
         "broken": ["pyproject.toml cannot be read"],
         "nameless": ["has no `name`"],
     }
-    options = {"path": str(tmp_path / "opt"), "cache": str(tmp_path / "cache")}
+    options = {"path": str(tmp_path / "opt"), "cache": str(tmp_path / "cache"), "account": ACCOUNT["account"]}
     tasks = [
         {"hothouse_release": options | {"source": str(tmp_path / name)}, "ignore_errors": True}
         for name in expected

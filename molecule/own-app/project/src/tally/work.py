@@ -8,6 +8,8 @@ from typing import Any
 
 from celery import Celery
 
+from tally import libraries
+
 queue = Celery("tally", broker="redis://localhost:1/7", backend="redis://localhost:1/7")
 queue.conf.beat_schedule = {"tick": {"task": "tally.tick", "schedule": 1.0}}
 
@@ -41,3 +43,9 @@ def obstacle(action: Callable[..., Any], *arguments: Any) -> str:
     except OSError as error:
         return type(error).__name__
     return ""
+
+
+@queue.task(name="tally.use")
+def use() -> dict[str, str]:
+    """Uses libraries that a sandbox could harm: the name of each, and what it raised."""
+    return libraries.use_all()
