@@ -272,7 +272,7 @@ def exchange(
 ) -> Answer:  # fmt: skip
     """One request; the path goes out letter by letter."""
     if login is not None:
-        headers = headers | {"Authorization": "Basic " + base64.b64encode(login.encode()).decode()}
+        headers = headers | {"Authorization": basic(login)}
     connection.request(method, path, body=body, headers=headers)
     response = connection.getresponse()
     try:
@@ -283,6 +283,33 @@ def exchange(
         )
     finally:
         connection.close()
+
+
+def basic(login: str) -> str:
+    """The header Authorization of USER:PASSWORD."""
+    return "Basic " + base64.b64encode(login.encode()).decode()
+
+
+class Door(http.client.HTTPSConnection):
+    """One connection to nginx for many requests, whose paths go out letter by letter."""
+
+    def __init__(self, stack: Stack, login: str) -> None:
+        nginx = stack.group("nginx")[0]
+        super().__init__(stack.variables[nginx]["nginx_server_name"], timeout=30)
+        self.address = (stack.address(nginx), 443)
+        self.tls = ssl.create_default_context(cafile=str(stack.ca_file))
+        self.login = basic(login)
+
+    def connect(self) -> None:
+        self.sock = self.tls.wrap_socket(
+            socket.create_connection(self.address, 30), server_hostname=self.host
+        )
+
+    def ask(self, method: str, path: str, **headers: str) -> tuple[int, str]:
+        """Status and body."""
+        self.request(method, path, headers={"Authorization": self.login} | headers)
+        answer = self.getresponse()
+        return answer.status, answer.read().decode(errors="replace")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

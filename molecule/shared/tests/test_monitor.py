@@ -129,7 +129,7 @@ def test_figures_cannot_be_deleted_through_the_api(stack: Stack) -> None:
     path = "/prometheus/api/v1/admin/tsdb/delete_series?match[]=up"
     name = stack.variables[stack.group("nginx")[0]]["nginx_server_name"]
     answer = stack.request(path, stack.login, "POST", {"Origin": f"https://{name}"})
-    assert "admin APIs disabled" in answer.body
+    assert answer.status == 404
 
 
 def test_a_page_of_another_site_cannot_silence_an_alert(stack: Stack) -> None:
@@ -145,7 +145,7 @@ def test_a_page_of_another_site_cannot_silence_an_alert(stack: Stack) -> None:
     assert own.status in (400, 422), own.body
 
 
-@pytest.mark.parametrize("page", ["alerts", "graph", "targets", "rules", "status", "flags", "config"])
+@pytest.mark.parametrize("page", ["alerts", "graph", "targets", "rules", "status", "flags"])
 def test_the_pages_of_prometheus_are_where_links_to_them_lead(stack: Stack, page: str) -> None:
     answer = stack.request(f"/prometheus/{page}?search=a", stack.login)
     assert answer.headers["location"] == f"/prometheus/classic/{page}?search=a"
