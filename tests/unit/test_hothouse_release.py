@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -181,7 +182,8 @@ def test_a_release_is_built_installed_offline_and_put_into_service(
     assert dry["changed"] and dry["installed"] and dry["activated"]
     assert not host.path.exists() and not host.cache.exists()
 
-    for killed in (host.path / ".install-killed", host.cache / ".build-killed"):
+    building = Path(tempfile.gettempdir(), f"{plugin.building_prefix(host.cache)}killed")
+    for killed in (host.path / ".install-killed", host.cache / ".build-killed", building):
         killed.mkdir(parents=True)
     first = host.deploy("--diff")
     assert first["changed"] and first["release"] == host.current == dry["release"] == release_id(GREETER)
@@ -198,7 +200,7 @@ def test_a_release_is_built_installed_offline_and_put_into_service(
     for path in [host.path / "releases", *(host.path / "releases").rglob("*")]:
         assert path.is_symlink() or not path.stat().st_mode & 0o022, path
     assert sorted(file.name for file in host.path.iterdir()) == [".lock", "current", "releases"]
-    assert not (release / "bin/uv").exists()
+    assert not (release / "bin/uv").exists() and not building.exists()
     assert [file.name.split("-")[0] for file in sorted(host.cache.iterdir())] == [
         ".lock",
         "backends",
