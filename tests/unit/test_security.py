@@ -57,6 +57,17 @@ def test_every_unit_of_ours_is_in_the_list_with_its_account(inventory: str) -> N
     assert seen >= 3
 
 
+def test_the_client_of_acme_has_the_rights_that_the_list_says() -> None:
+    """No scenario has it from the beginning, so no test of hosts sees its line."""
+    unit = (BUNDLE / "roles/nginx/files/nginx-acme.service").read_text()
+    (line,) = [cells for cells in PROCESSES if cells[0] == "`nginx-acme.service`"]
+    paths = re.findall(r"^ReadWritePaths=(.+)$", unit, re.M)
+    paths += [f"/var/lib/{name}" for name in re.findall(r"^StateDirectory=(.+)$", unit, re.M)]
+    assert set(re.findall(r"`([^`]+)`", line[4])) == set(paths)
+    assert line[2] == "one of its own" and "\nDynamicUser=yes\n" in unit
+    assert line[3] == "none" and "\nCapabilityBoundingSet=\n" in unit and "\nNoNewPrivileges=yes\n" in unit
+
+
 def test_no_two_services_of_celery_share_an_account() -> None:
     files = {path: text for files in shipped("prod").values() for path, text in files["rendered"].items()}
     accounts = [

@@ -16,7 +16,7 @@ from conftest import REPOSITORY, Stack
 TEXT = (REPOSITORY / "docs/security.md").read_text()
 
 # Where everyone may write.
-COMMON = {"/dev/mqueue", "/dev/shm", "/tmp", "/var/tmp"}
+COMMON = {"/dev/mqueue", "/dev/shm", "/run/lock", "/tmp", "/var/tmp"}
 COMMON_OF_ROOT = {"/dev/hugepages", "/dev/pts"}
 
 # Run on a host as root. Of each kind of process that is part of a service it prints the unit, the account, the
