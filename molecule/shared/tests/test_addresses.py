@@ -78,6 +78,25 @@ def test_hosts_speak_ipv6_among_each_other(stack: Stack) -> None:
     assert wanted <= seen, wanted - seen
 
 
+@both_families
+def test_a_host_that_would_come_from_another_address_is_refused(stack: Stack) -> None:
+    """As one does that prefers an address from a router's advertisement."""
+    name = stack.group("monitor")[0]
+    host = stack.host(name)
+    network = str(ipaddress.ip_interface(f"{stack.address(name)}/64").network)
+    other = str(ipaddress.ip_network(network)[0x99])
+    route = f"{network} dev eth0 metric 1"
+    host.check_output(f"ip address add {other}/64 dev eth0 nodad && ip -6 route add {route} src {other}")
+    try:
+        done = stack.playbook("playbooks/prepare.yml", "--limit", name, check=False)
+    finally:
+        host.check_output(f"ip -6 route del {route} && ip address del {other}/64 dev eth0")
+    said = " ".join(done.stdout.split())
+    server = stack.group("redis")[0]
+    assert done.returncode and f"would connect to {server} ({stack.address(server)}) from {other}" in said
+    assert f"from its private_address, {stack.address(name)}" in said and " changed=0 " in done.stdout
+
+
 def test_nginx_answers_under_every_address_and_only_to_who_knows_its_name(stack: Stack) -> None:
     nginx = stack.group("nginx")[0]
     name = stack.variables[nginx]["nginx_server_name"]

@@ -185,15 +185,22 @@ def test_open_ports_are_those_of_the_allow_list_from_every_host_and_from_outside
 
 def test_no_other_address_is_a_way_around_it(stack: Stack, listeners: None) -> None:
     """Of IPv4, of IPv6, of the link: open is what is open to anybody, from outside and from another host."""
-    for name in stack.variables:
-        ports = {*range(1, 100), *STRANGE_PORTS, *service_ports(stack), *public_ports(stack, name)}
-        others = [address for address in stack.addresses(name) if address != stack.address(name)]
-        assert any(":" in address for address in others)
-        for address in others:
-            assert scan(stack, None, {name: address}, ports) == {name: public_ports(stack, name)}, address
-        beside = next((host for host in stack.variables if host != name), None)
-        for address in (address for address in others if beside and "%" not in address):
-            assert scan(stack, beside, {name: address}, ports) == {name: public_ports(stack, name)}, address
+    ports = {*range(1, 100), *STRANGE_PORTS, *service_ports(stack)}
+    ports |= {port for name in stack.variables for port in public_ports(stack, name)}
+    others = {
+        f"{name} {address}": address
+        for name in stack.variables
+        for address in stack.addresses(name)
+        if address != stack.address(name)
+    }
+    assert any(":" in address for address in others.values())
+    beside = next(iter(stack.variables))
+    targets = {
+        key: address for key, address in others.items() if key.split()[0] != beside and "%" not in address
+    }
+    for source, places in ((None, others), (beside, targets)):
+        for key, found in (scan(stack, source, places, ports) if places else {}).items():
+            assert found == public_ports(stack, key.split()[0]), (source, key)
 
 
 def answers(address: str, port: int) -> bool:

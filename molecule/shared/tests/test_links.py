@@ -220,6 +220,6 @@ def test_redis_and_sentinel_offer_no_weak_tls(stack: Stack, port: int) -> None:
     host, client = stack.host(name), f"/run/hothouse-test-client-{port}.pem"
     host.check_output(f"umask 077 && cat {CERTIFICATE} {KEY} >{client}")
     try:
-        assert findings(host, stack.place(name, port), CA, client=client, plain=True) == []
+        assert findings(host, f"{name}:{port}", CA, stack.address(name), client, plain=True) == []
     finally:
         host.run(f"rm {client}")
