@@ -130,6 +130,22 @@ def test_a_reader_is_refused_however_the_request_is_written(stack: Stack) -> Non
     assert status.stdout == "401"
 
 
+def test_an_address_of_flower_is_none_of_prometheus(stack: Stack) -> None:
+    """What the list has for Flower, and what is a way out of it where slashes are decoded."""
+    user, password = next(iter(readers(stack).items()))
+    for login in (stack.login, f"{user}:{password}"):
+        door = Door(stack, login)
+        for way in ("worker/", "task/", "api/task/info/"):
+            up = "..%2f" * (way.count("/") + 1)
+            for path in (
+                "prometheus/api/v1/status/config",
+                "alertmanager/api/v2/status",
+                "prometheus/metrics",
+            ):
+                status, _ = door.ask("GET", f"/flower/{way}{up}{path.replace('/', '%2f')}")
+                assert status == 404, (way, path, status)
+
+
 def test_a_reader_has_the_overview_page_and_its_sources(stack: Stack) -> None:
     name = stack.variables[stack.group("nginx")[0]]["nginx_server_name"]
     for user, password in readers(stack).items():
