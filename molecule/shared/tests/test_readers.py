@@ -75,7 +75,9 @@ def test_a_reader_sees_everything_and_changes_nothing(stack: Stack) -> None:
 
     def tried(route: str) -> int:
         """Asks for one route by all methods, as the operator and as each reader; how many of them are to look."""
-        path, fenced = example(route, "nobody@nowhere"), route in FENCED
+        # The page of a worker that is not there takes seconds: Flower asks for it.
+        worker = stack.workers[0] if route == "/worker/(.+)" else "nobody@nowhere"
+        path, fenced = example(route, worker), route in FENCED
         operator, others = Door(stack, stack.login), [Door(stack, login) for login in logins]
         allowed = 0
         for method in METHODS:
@@ -84,7 +86,7 @@ def test_a_reader_sees_everything_and_changes_nothing(stack: Stack) -> None:
             assert status == 404 if fenced else status not in (401, 429), (method, path, status)
             assert method not in table[route] or status != 403, (method, path)
             look = ("GET" if method == "HEAD" else method, route) in READS
-            for door in others:
+            for door in others[:1] if look else others:
                 seen, _ = door.ask(method, path)
                 assert seen == (404 if fenced else status if look else 403), (method, path, seen)
             allowed += look and method in table[route]
