@@ -60,7 +60,8 @@ def test_no_alert_fires_or_is_pending_while_nothing_is_wrong(stack: Stack, wait:
     patience, interval = max(rule["duration"] for rule in rules), max(group["interval"] for group in groups)
     span = int(patience + 2 * interval)
     awake = f'count_over_time(up{{job="prometheus"}}[{span}s]) >= {span // interval - 1}'
-    calm = f"max_over_time((absent_over_time(ALERTS[{span}s]) and on () ({awake}))[{min(2700, 20 * span)}s:{interval}s])"
+    window = f"{min(2700, 20 * span)}s:{interval}s"
+    calm = f"max_over_time((absent_over_time(ALERTS[{span}s]) and on () ({awake}))[{window}])"
     try:
         wait(lambda: query(stack, calm), f"{span} s without an alert", 3 * span + 60)
     except AssertionError as error:
