@@ -696,3 +696,20 @@ def test_a_run_in_check_mode_names_its_folder_after_its_process(play: Runner, tm
     assert plugin.processes.has_ended(
         name.removeprefix(plugin.THROWAWAY).rpartition("=")[0].replace("=", "/")
     )
+def test_a_run_removes_the_password_of_a_login_that_is_wanted_no_more(play: Runner, tmp_path: Path) -> None:
+    path = tmp_path / "credentials.yml"
+    readers = ["flower_reader_viewer", "flower_reader_Anna.Berg_2@example.com"]
+    both = play(
+        [task(path, passwords=["monitor", *readers], exclusive_passwords="flower_reader_")], text=True
+    )
+    assert both.code == 0 and set(readers) < set(read(path))
+    before = read(path)
+    one = play(
+        [task(path, passwords=["monitor", readers[1]], exclusive_passwords="flower_reader_")],
+        "--diff",
+        text=True,
+    )
+    assert f"removed: {readers[0]}" in one.output and before[readers[0]] not in one.output
+    assert read(path) == {name: value for name, value in before.items() if name != readers[0]}
+    again = play([task(path, passwords=["monitor", readers[1]], exclusive_passwords="flower_reader_")])
+    assert not again.results[0]["changed"]

@@ -327,6 +327,37 @@ def test_what_no_acme_server_could_certify_is_refused(
     assert said in message and "nginx_" in message and "mend:" in message
 
 
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["viewer", "b:c"], "'b:c' cannot be a login"),
+        ([""], "'' cannot be a login"),
+        (["a,b"], "'a,b' cannot be a login"),
+        (["two words"], "'two words' cannot be a login"),
+        (["#comment"], "'#comment' cannot be a login"),
+        (["j\u00fcrgen"], "'j\u00fcrgen' cannot be a login"),
+        (["-x"], "'-x' cannot be a login"),
+        (["line\n"], "cannot be a login"),
+        (["x" * 65], "1 to 64 ASCII letters"),
+        (["viewer", "viewer"], "'viewer' is one already"),
+        (["Viewer", "viewer"], "'Viewer' is one already"),
+    ],
+)
+def test_a_name_of_a_reader_that_can_be_no_login_is_refused(
+    inventory: Inventory, names: list[str], said: str
+) -> None:
+    inventory.set(flower_readers=names)
+    message = inventory.refusal()
+    assert said in message and "where:" in message and "flower_readers" in message
+
+
+def test_a_reader_that_is_called_as_the_operator_or_has_a_weak_password_is_refused(
+    inventory: Inventory,
+) -> None:
+    inventory.set(flower_readers=["Ops", "anna.berg@example.com"], flower_user="ops")
+    assert "None may be called as flower_user is" in inventory.refusal(playbook="site.yml")
+
+
 def test_two_hosts_that_obtain_a_certificate_for_one_name_are_refused(tmp_path: Path) -> None:
     inventory = Inventory(tmp_path / "inventories", "prod")
     inventory.set(nginx_tls="acme")

@@ -11,7 +11,7 @@ from pathlib import Path
 import bcrypt
 import pytest
 import yaml
-from conftest import load_plugin, shipped
+from conftest import load_plugin, render, shipped
 
 filters = load_plugin("filter/hothouse")
 
@@ -230,6 +230,80 @@ def test_prometheus_reads_every_host_and_nginx_serves_it() -> None:
     assert jobs["blackbox"] == [*pages, *(f"198.51.100.{number}:26379" for number in (11, 12, 13))]
     page = text("prod", "nginx1", "/etc/nginx/nginx.conf")
     assert "auth_basic_user_file" in page
+
+
+@pytest.mark.parametrize(
+    ("url", "names", "expected"),
+    [
+        ("https://ops.example.com/", ["ops.example.com"], "ops.example.com"),
+        ("https://lb.example.com:8443/", ["ops.example.com"], "lb.example.com"),
+        ("https://192.0.2.1/", ["ops.example.com"], "ops.example.com"),
+        ("https://192.0.2.1:8443/", ["localhost", "192.0.2.1"], "192.0.2.1"),
+        ("https://[2001:db8::1]/", ["localhost"], "localhost"),
+        ("https://[2001:db8::1]/", ["localhost", "2001:DB8:0::1"], "2001:db8::1"),
+    ],
+)
+def test_a_probe_asks_under_a_name_that_the_door_has(url: str, names: list[str], expected: str) -> None:
+    assert filters.asked_name(url, names) == expected
+
+
+def test_names_are_written_as_clients_write_them() -> None:
+    names = [
+        "Ops.Example.com.",
+        "ops.example.com",
+        "2001:DB8:0::1",
+        "192.0.2.1",
+        "b\u00fccher.example",
+        "*.example.com",
+    ]
+    assert filters.host_names(names) == [
+        "ops.example.com", "[2001:db8::1]", "192.0.2.1", "xn--bcher-kva.example", "*.example.com",
+    ]  # fmt: skip
+    home = ("localhost", "LOCALHOST.", "x.localhost", "127.0.0.1", "127.8.8.8", "::1")
+    assert [name for name in home if not filters.leads_home(name)] == []
+    assert [
+        name
+        for name in ("localhost.example.com", "192.0.2.1", "::2", "mylocalhost")
+        if filters.leads_home(name)
+    ] == []
+
+
+def test_a_name_of_a_map_matches_itself_alone() -> None:
+    for name in ("ops", 'o"p\\s', "a.b", "~^", "ops$", "default", "o#{;}"):
+        key = filters.nginx_exactly(name)
+        assert key[0] == key[-1] == '"'
+        pattern = re.sub(r'\\([\\"])', r"\1", key[1:-1]).removeprefix("~").replace("\\z", "\\Z")
+        assert re.search(pattern, name) and not re.search(pattern, f"{name}\n")
+        assert not re.search(pattern, f"x{name}") and not re.search(pattern, name.swapcase() + "x")
+
+
+@pytest.mark.parametrize(
+    ("sources", "host", "url", "name"),
+    [
+        (["inventories/local"], "local1", "https://10.213.1.10/", "localhost"),
+        (["inventories/prod"], "monitor1", "https://ops.example.com/", "ops.example.com"),
+        # What bin/up --topology prod makes: its certificate has the address.
+        (
+            ["inventories/prod", "molecule/prod/inventory", "bin/lib/prod"],
+            "monitor1",
+            "https://10.213.2.16/",
+            "10.213.2.16",
+        ),
+    ],
+)
+def test_the_probe_never_asks_its_own_host_for_another(
+    sources: list[str], host: str, url: str, name: str
+) -> None:
+    options = [word for source in sources for word in ("-i", source)]
+    files = (
+        render(*options)[host]["rendered"] if len(sources) > 1 else rendered(sources[0].split("/")[1])[host]
+    )
+    module = yaml.safe_load(files["/etc/prometheus/hothouse/blackbox.yml"])["modules"]["public"]["http"]
+    jobs = yaml.safe_load(files["/etc/prometheus/hothouse/prometheus.yml"])["scrape_configs"]
+    [probe] = [job for job in jobs if job["job_name"] == "blackbox"]
+    assert probe["static_configs"][0]["targets"] == [f"{url}flower/"]
+    assert module["tls_config"]["server_name"] == name
+    assert module.get("headers", {"Host": name}) == {"Host": name}
 
 
 def test_without_a_monitoring_host_nothing_of_it_is_written() -> None:

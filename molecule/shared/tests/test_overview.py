@@ -48,7 +48,7 @@ def browser(stack: Stack) -> Iterator[Browser]:
 class Visit:
     """A page, and what it asked for and complained of. `origin` has no slash at its end."""
 
-    def __init__(self, stack: Stack, browser: Browser, query: str = "", **options: Any) -> None:
+    def __init__(self, stack: Stack, browser: Browser, query: str = "?deployment=1", **options: Any) -> None:
         self.origin = f"https://{stack.variables[stack.group('nginx')[0]]['nginx_server_name']}"
         self.address = f"{self.origin}/{query}"
         # Given from the start: a browser that is asked first counts as a refused login.
@@ -86,7 +86,8 @@ class Visit:
 def visit(stack: Stack, browser: Browser) -> Iterator[Callable[..., Visit]]:
     visits: list[Visit] = []
 
-    def make(query: str = "", **options: Any) -> Visit:
+    # With the deployment's own tasks, for they are what the tests send.
+    def make(query: str = "?deployment=1", **options: Any) -> Visit:
         visits.append(Visit(stack, browser, query, **options))
         return visits[-1]
 
@@ -473,6 +474,100 @@ def test_several_redis_nodes_are_shown_with_their_roles(
     assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
 
 
+def names_shown(page: Page) -> set[str]:
+    """Names of tasks in the lists, under the plots and among the proposals of the filter."""
+    return set(
+        page.evaluate(
+            """() => [...document.querySelectorAll(
+              "#types-table tbody tr, #tasks-table tbody tr, #figures tbody tr, #names option")]
+              .map((node) => (node.value ?? node.cells[0].textContent).split(",")[0])"""
+        )
+    )
+
+
+def test_tasks_of_the_deployment_are_left_out_unless_asked_for(
+    stack: Stack, rest: None, visit: Callable[..., Visit], wait: Callable[..., Any]
+) -> None:
+    end_some_tasks(stack)
+    runs = by_label(
+        stack, 'sum by (task) (hothouse:flower_events:increase{type=~"task-(succeeded|failed)"})', "task"
+    )
+    assert runs["hothouse.ping"] > 5
+    page = visit(query="").open()
+    page.wait_for_selector("#tile-success")
+    assert [name for name in names_shown(page) if name.startswith("hothouse")] == []
+    assert page.locator("#tile-success").get_attribute("data-level") != "bad"
+    switch = page.get_by_role("checkbox", name="With tasks of the deployment itself")
+    switch.check()
+    wait(lambda: "hothouse.ping" in table(page, "types"), "the ping among the types", 20)
+    wait(lambda: page.locator("#tile-success").get_attribute("data-level") == "bad", "its failures", 20)
+    wait(
+        lambda: "hothouse.ping" in {row["Name"] for row in table(page, "tasks").values()}, "recent pings", 20
+    )
+    assert page.url.endswith("?deployment=1")
+    again = visit(query="?" + page.url.partition("?")[2]).open()
+    assert again.locator("#own").is_checked()
+    switch.uncheck()
+    wait(lambda: not [name for name in names_shown(page) if name.startswith("hothouse")], "their end", 20)
+    assert "deployment" not in page.url
+    # The alerts say nothing of them either, for as long as they have to be wrong.
+    ratio, limit = (
+        'hothouse:task_failure:ratio{task="hothouse.ping"}',
+        'hothouse_threshold{name="failure_percent"}',
+    )
+    failing = f"100 * {ratio} > on () {limit}"
+    wait(
+        lambda: prometheus(stack, f"min_over_time(({failing})[6s:2s])"),
+        "failures for longer than patience",
+        60,
+    )
+    assert prometheus(stack, 'ALERTS{task="hothouse.ping"}') == []
+
+
+SMALL = {"width": 375, "height": 667}
+
+
+def test_a_phone_begins_with_a_few_rows_and_has_a_way_to_the_others(
+    stack: Stack, rest: None, visit: Callable[..., Visit], wait: Callable[..., Any]
+) -> None:
+    one = visit(viewport=SMALL)
+    # Workers that are not there: what is wrong is never cut.
+    config = stack.request("/config.json", stack.login).json()
+    config["workers"] |= {f"missing-{number}@nowhere": ["default"] for number in range(8)}
+    one.page.route("**/config.json", lambda route: route.fulfill(json=config))
+    page = one.open()
+
+    def shown(name: str) -> int:
+        return page.locator(f"#{name}-table tbody tr:visible").count()
+
+    every = page.locator("#tasks-table tbody tr").count()
+    assert every > 10 and shown("tasks") == 5
+    assert shown("workers") >= 8
+    assert page.evaluate("document.documentElement.scrollHeight") < 12 * SMALL["height"]
+    button = page.get_by_role("button", name=f"Show {every - 5} more of The newest")
+    assert (button.get_attribute("aria-controls"), button.get_attribute("aria-expanded")) == (
+        "tasks-table",
+        "false",
+    )
+    assert violations(page) == []
+    page.evaluate("window.button = document.querySelector('[aria-controls=tasks-table]')")
+    button.focus()
+    page.keyboard.press("Enter")
+    assert shown("tasks") == every
+    before = page.locator("#sources").inner_text()
+    wait(lambda: page.locator("#sources").inner_text()[:24] != before[:24], "the next numbers", 30)
+    page.wait_for_function("() => document.activeElement === button && button.isConnected")
+    assert (shown("tasks"), page.evaluate("button.ariaExpanded")) == (every, "true")
+    assert "whole=tasks-table" in page.url
+    page.reload()
+    page.wait_for_selector("#tasks-table[data-whole] tbody tr:nth-child(6)")
+    page.get_by_role("button", name="Show fewer of The newest").click()
+    assert shown("tasks") == 5 and "whole" not in page.url
+    # On a wide screen there is everything, and no button.
+    page.set_viewport_size(DESKTOP)
+    assert shown("tasks") == every and page.locator(".rest:visible").count() == 0
+
+
 def test_the_failures_of_a_type_are_one_press_away(
     stack: Stack, rest: None, visit: Callable[..., Visit]
 ) -> None:
@@ -485,7 +580,7 @@ def test_the_failures_of_a_type_are_one_press_away(
 
 
 def test_what_a_task_was_called_with_is_text(rest: None, visit: Callable[..., Visit]) -> None:
-    page = visit(query="?name=hothouse.ping&state=FAILURE").open()
+    page = visit(query="?name=hothouse.ping&state=FAILURE&deployment=1").open()
     cell = page.locator("#tasks-table tbody td:last-child", has_text="<img").first
     assert MARKUP in cell.inner_text()
     assert page.locator("main table img, main table b").count() == 0
@@ -586,6 +681,8 @@ def test_a_narrow_page_keeps_its_tables_for_a_screen_reader(rest: None, visit: C
         for name in ("Tasks completed", "Runtime", "Backlog", "Failures"):
             assert page.get_by_role("img", name=f"Plot over time: {name}").count() == 1
             assert page.get_by_role("table", name=name).count() == 1
+    for button in narrow.locator(".rest:visible").all():
+        button.click()
     rows = [len(page.get_by_role("row").all()) for page in (wide, narrow)]
     assert rows[0] == rows[1]
 

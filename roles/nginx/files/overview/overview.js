@@ -7,10 +7,11 @@ const PATIENCE = 8; // seconds until an answer is given up; below REFRESH
 const POINTS = 240; // of a line of a plot
 const LINES = 8; // of a plot, as many as there are colours
 const TASKS = 50;
+const OWN = /^hothouse\./; // tasks that deployments send; alerts leave them out as well
 const CALM = 300; // seconds: the shortest range that rates in plots are taken over
 
 const settings = { config: null, plots: [] };
-const choice = { range: 3600, name: "", state: "" };
+const choice = { range: 3600, name: "", state: "", own: false, whole: new Set() };
 const $ = (id) => document.getElementById(id);
 
 // ---- Elements ----------------------------------------------------------------------------------------------------
@@ -89,6 +90,40 @@ function fillTable(table, rows, nothing) {
       cell.replaceChildren(make ? make() : text);
     });
   }
+  cutTable(table);
+}
+
+/**
+ * On a narrow screen a table begins with a few rows and a button that shows the others: data-first says how many. A row
+ * in which something is wrong is never among the others, but in a table with data-plain.
+ */
+function cutTable(table) {
+  const first = Number(table.dataset.first);
+  if (!first) return;
+  let beyond = 0;
+  [...table.tBodies[0].rows].forEach((row, index) => {
+    const wrong = table.dataset.plain === undefined && row.querySelector(".mark.bad, .mark.warn, .over") !== null;
+    const cut = index >= first && !wrong;
+    row.classList.toggle("beyond", cut);
+    beyond += cut;
+  });
+  const complete = choice.whole.has(table.id);
+  table.toggleAttribute("data-whole", complete);
+  let button = document.querySelector(`button[aria-controls="${table.id}"]`);
+  if (!button) {
+    button = element("button", { type: "button", class: "rest", "aria-controls": table.id, onclick: () => {
+      if (!choice.whole.delete(table.id)) choice.whole.add(table.id);
+      rememberChoices();
+      cutTable(table);
+    } });
+    table.after(button);
+  }
+  button.hidden = beyond === 0;
+  button.setAttribute("aria-expanded", String(complete));
+  const text = complete ? "Show fewer" : `Show ${beyond} more`;
+  if (button.dataset.sign === text) return;
+  button.dataset.sign = text;
+  button.replaceChildren(text, element("span", { class: "unseen" }, ` of ${table.caption.textContent}`));
 }
 
 // ---- Numbers and times -------------------------------------------------------------------------------------------
@@ -238,7 +273,7 @@ async function readFlower() {
   const [workers, tasks, queues] = await Promise.all([
     // A Flower that has just begun has not asked the workers for their queues; refresh makes it.
     ask(`${config.flower}workers?json=1${queueUnknown ? "&refresh=1" : ""}`),
-    ask(`${config.flower}api/tasks?${query}`),
+    newestTasks(query),
     config.prometheus ? null : ask(`${config.flower}api/queues/length`),
   ]);
   showWorkers(workers.data);
@@ -255,6 +290,18 @@ async function readFlower() {
       ]),
     );
     showQueues({ messages: lengths, oldest: new Map(), consumers });
+  }
+}
+
+const isShown = (name) => choice.own || !OWN.test(name ?? "");
+
+/** The newest tasks that are shown; Flower cannot leave out some, so more are asked for until there are enough. */
+async function newestTasks(query) {
+  for (let limit = TASKS; ; limit *= 10) {
+    query.set("limit", limit);
+    const all = Object.entries(await ask(`${settings.config.flower}api/tasks?${query}`));
+    const shown = all.filter(([, { name }]) => isShown(name)).slice(0, TASKS);
+    if (shown.length === TASKS || all.length < limit || limit > TASKS) return Object.fromEntries(shown);
   }
 }
 
@@ -318,7 +365,7 @@ function showTasks() {
   const tasks = shownTasks.filter(
     // A task of whose beginning Flower heard nothing has no name.
     ({ name, state }) =>
-      name && (!choice.state || state === choice.state) && (!wanted || name.toLowerCase().includes(wanted)),
+      name && isShown(name) && (!choice.state || state === choice.state) && (!wanted || name.toLowerCase().includes(wanted)),
   );
   const time = (unix) => ({
     text: known(unix) ? moment(unix) : NONE, class: "number", make: () => (known(unix) ? timeElement(unix) : NONE),
@@ -341,7 +388,8 @@ function showTasks() {
         ],
       };
     }),
-    choice.name || choice.state ? "No task that Flower keeps is like that" : "Flower has seen no task yet",
+    (choice.name || choice.state ? "No task that Flower keeps is like that" : "Flower has seen no task yet") +
+      (choice.own ? "" : "; those of the deployment itself are left out"),
   );
   setText($("tasks-count"), whole.format(tasks.length));
   offerNames(tasks.map(({ name }) => name));
@@ -698,7 +746,7 @@ const limited = (text, over, more = "") => ({
 function showTypes({ succeeded, failed, success, failure, average, p95 }) {
   const { thresholds } = settings.config;
   const limits = new Map(Object.entries(thresholds.runtime_seconds));
-  const names = [...new Set([...succeeded.keys(), ...failed.keys(), ...average.keys()])].filter(Boolean).sort();
+  const names = [...new Set([...succeeded.keys(), ...failed.keys(), ...average.keys()])].filter(Boolean).filter(isShown).sort();
   const rows = names.map((name) => {
     const failures = failed.get(name) ?? 0;
     const runs = (succeeded.get(name) ?? 0) + failures;
@@ -875,7 +923,7 @@ async function readLines({ expr, legend, dashed = false }, { start, end, step, t
     }
     const kind = metric.queue === undefined ? "task" : "queue";
     return { kind, name: metric[kind] ?? "", legend: fillIn(legend, metric), dashed, values: line };
-  });
+  }).filter(({ kind, name }) => kind !== "task" || isShown(name));
 }
 
 async function readLimits({ expr, legend }) {
@@ -973,7 +1021,7 @@ function makeFigure(plot) {
   const column = (text, kind) => element("th", { role: "columnheader", scope: "col", class: kind }, text);
   const head = element("tr", { role: "row" }, column("Line"), column("Last", "number"), column("Lowest", "number"), column("Highest", "number"));
   const table = element(
-    "table", { role: "table" },
+    "table", { role: "table", id: `plot-${plot.id}-table`, "data-first": "3", "data-plain": "" },
     element("caption", { class: "unseen" }, `${plot.title}, ${plot.unit}`),
     element("thead", { role: "rowgroup" }, head),
     element("tbody", { role: "rowgroup" }),
@@ -1183,6 +1231,8 @@ function rememberChoices() {
   if (choice.range !== 3600) parameters.set("range", choice.range);
   if (choice.name) parameters.set("name", choice.name);
   if (choice.state) parameters.set("state", choice.state);
+  if (choice.own) parameters.set("deployment", "1");
+  if (choice.whole.size) parameters.set("whole", [...choice.whole].join(","));
   const text = parameters.toString();
   history.replaceState(null, "", text ? `?${text}` : location.pathname);
 }
@@ -1197,6 +1247,8 @@ function recallChoices() {
   $("filter-name").value = choice.name = parameters.get("name") ?? "";
   $("filter-state").value = parameters.get("state") ?? "";
   choice.state = $("filter-state").value;
+  $("own").checked = choice.own = parameters.get("deployment") === "1";
+  for (const id of parameters.get("whole")?.split(",") ?? []) choice.whole.add(id);
 }
 
 let typing = 0;
@@ -1227,6 +1279,13 @@ function listen() {
     prometheus.poke();
   });
   const sources = settings.config.prometheus ? [flower, prometheus] : [flower];
+  $("own").addEventListener("change", (event) => {
+    choice.own = event.target.checked;
+    rememberChoices();
+    taskNames.clear();
+    gathered.plottedRange = 0; // draws the plots anew
+    for (const source of sources) source.poke();
+  });
   document.addEventListener("visibilitychange", () => {
     for (const source of sources) {
       clearTimeout(source.timer);
