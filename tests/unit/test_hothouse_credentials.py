@@ -20,6 +20,7 @@ from ansible.parsing.vault import VaultLib, VaultSecret
 from conftest import Play, load_plugin
 from cryptography import x509
 from cryptography.x509.oid import ExtendedKeyUsageOID
+from test_hothouse_files import killed
 
 plugin = load_plugin("action/hothouse_credentials")
 VAULT = VaultLib([("default", VaultSecret(b"orchid"))])
@@ -696,6 +697,8 @@ def test_a_run_in_check_mode_names_its_folder_after_its_process(play: Runner, tm
     assert plugin.processes.has_ended(
         name.removeprefix(plugin.THROWAWAY).rpartition("=")[0].replace("=", "/")
     )
+
+
 def test_a_run_removes_the_password_of_a_login_that_is_wanted_no_more(play: Runner, tmp_path: Path) -> None:
     path = tmp_path / "credentials.yml"
     readers = ["flower_reader_viewer", "flower_reader_Anna.Berg_2@example.com"]
@@ -713,3 +716,19 @@ def test_a_run_removes_the_password_of_a_login_that_is_wanted_no_more(play: Runn
     assert read(path) == {name: value for name, value in before.items() if name != readers[0]}
     again = play([task(path, passwords=["monitor", readers[1]], exclusive_passwords="flower_reader_")])
     assert not again.results[0]["changed"]
+
+
+def test_the_file_is_whole_wherever_a_run_is_killed(tmp_path: Path) -> None:
+    """And what the run left is where the next one removes it."""
+    path = tmp_path / "credentials.yml"
+    seen = set()
+    for moment in itertools.count(1):
+        path.write_text("old")
+        died = killed(lambda: plugin.write(path, b"new" * 5000, 0o600), moment)
+        seen.add(path.read_text()[:3])
+        assert path.read_text() in ("old", "new" * 5000)
+        assert {one.name for one in tmp_path.iterdir()} <= {path.name, plugin.staged_name(path).name}
+        plugin.staged_name(path).unlink(missing_ok=True)
+        if not died:
+            break
+    assert seen == {"old", "new"} and moment > 5
