@@ -43,7 +43,7 @@ def test_a_run_without_the_credentials_of_its_hosts_is_refused(
     assert not (tmp_path / "ca.crt").exists()
     # With the certificate of the authority no host has to be asked.
     (tmp_path / "ca.crt").write_text((stack.credentials_file.parent / "ca.crt").read_text())
-    for words in (["playbooks/check.yml"], ["site.yml", "--check"]):
+    for words in (["playbooks/check.yml"], ["playbooks/prepare.yml", "--check"]):
         done = stack.playbook(*words, *fresh, check=False)
         said = " ".join((done.stdout + done.stderr).split())
         assert done.returncode != 0 and "playbooks/recover.yml" in said and "credentials_replace=true" in said
