@@ -366,9 +366,17 @@ def test_two_hosts_that_obtain_a_certificate_for_one_name_are_refused(tmp_path: 
 
 
 def test_certificates_may_lie_beside_the_hosts(inventory: Inventory) -> None:
-    for name in ("certificate.pem", "certificate.key", "ca.crt", "notes.md"):
+    for name in ("certificate.pem", "certificate.key", "chain.crt", "notes.md"):
         (inventory.path / name).write_text("no inventory\n")
     assert inventory.check().returncode == 0
+
+
+def test_a_checkout_without_the_credentials_of_its_authority_is_refused(inventory: Inventory) -> None:
+    certificate = (Path(__file__).parent / "data/certificate.pem").read_text()
+    (inventory.path / "ca.crt").write_text(certificate)
+    message = inventory.refusal()
+    assert "credentials.yml is missing, but" in message and "playbooks/recover.yml" in message
+    assert inventory.check("-e", "credentials_replace=true").returncode == 0
 
 
 def test_a_value_of_several_lines_in_the_environment_is_refused(inventory: Inventory) -> None:
