@@ -1,6 +1,6 @@
 """Tasks that tell the collector on the machine outside that they ran, and a producer that tells it what it published.
 
-On the hosts, beside hothouse_celery; HOTHOUSE_FAULTS is the collector's address. The producer:
+On the hosts, beside hothouse_celery; FAULTS_REPORT_TO is the collector's address. The producer:
 
     hothouse-run python -m hothouse_faults RATE FIRST
 """
@@ -26,7 +26,7 @@ def tell(connection: socket.socket, line: str) -> str:
 
 
 def connect() -> socket.socket:
-    host, _, port = os.environ["HOTHOUSE_FAULTS"].partition(":")
+    host, _, port = os.environ["FAULTS_REPORT_TO"].partition(":")
     return socket.create_connection((host, int(port)), timeout=10)
 
 
