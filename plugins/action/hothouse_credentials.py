@@ -419,7 +419,9 @@ def superfluous(document: Document, options: dict[str, Any]) -> list[str]:
     """
     prefix, kind = options["exclusive"], options.get("exclusive_passwords")
     found = [
-        name for name in document.entries if kind and name.startswith(kind) and name not in options["passwords"]
+        name
+        for name in document.entries
+        if kind and name.startswith(kind) and name not in options["passwords"]
     ]
     if not prefix:
         return found
