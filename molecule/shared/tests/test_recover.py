@@ -72,7 +72,9 @@ def test_the_hosts_know_every_credential_but_the_key_of_the_authority(
     done = stack.playbook("playbooks/recover.yml", *fresh, "--diff", "-vvv")
     found, real = read(stack, tmp_path / "credentials.yml"), read(stack, stack.credentials_file)
     unused = set() if len(stack.variables) > 1 else {"redis_replica", "redis_sentinel", "redis_haproxy"}
-    assert found == {name: value for name, value in real.items() if name not in {"ca_key", "ca_replaced", *unused}}
+    assert found == {
+        name: value for name, value in real.items() if name not in {"ca_key", "ca_replaced", *unused}
+    }
     assert (tmp_path / "ca.crt").read_text() == real["ca_certificate"]
     text = (tmp_path / "credentials.yml").read_text()
     assert (

@@ -94,7 +94,9 @@ def test_an_upgrade_of_the_packages_loses_no_task(
         60,
     )
     assert load.count() > 100
-    assert load.unfinished() == ""
+    # Of a worker that lost its connection as it took one Redis holds it, and gives it out again after a while.
+    held = stack.redis("HVALS", "q:unacked")
+    assert [task for task in load.unfinished().split() if task not in held] == []
     assert stack.request("/flower/", stack.login).status == 200
 
 
