@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -54,12 +56,14 @@ def test_a_command_has_the_sandbox_of_the_services(stack: Stack) -> None:
 
 
 @pytest.fixture(scope="module")
-def recorded(stack: Stack) -> Iterator[list[dict[str, Any]]]:
+def recorded(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict[str, Any]]]:
     """What ran of a release that tells, while it was installed, checked, started and used; as `uid` as whom.
 
     Before that the host is left as a killed deployment leaves it.
     """
     host = stack.first("app")
+    source = shutil.copytree(RECORDER, tmp_path_factory.mktemp("recorder") / "recorder")
+    (source / "src/tally/new.py").write_text(f'"""{time.time_ns()}: not on the host yet."""\n')
     before = host.check_output(f"basename $(readlink {APP}/current)")
     host.check_output(
         f"mkdir -p {APP}/.install-killed/wheels {APP}/releases/killed/bin /root/.ansible/tmp/ansible-tmp-killed"
@@ -70,7 +74,7 @@ def recorded(stack: Stack) -> Iterator[list[dict[str, Any]]]:
     )
     since = host.check_output("date +%s")
     try:
-        stack.playbook("playbooks/app.yml", "-e", f"app_source={RECORDER}")
+        stack.playbook("playbooks/app.yml", "-e", f"app_source={source}")
         host.check_output(f"systemctl restart {WORKERS}")
         host.check_output("hothouse-run tally-recorder")
         host.check_output(task("tally.recorded", "default"))
