@@ -125,10 +125,10 @@ def test_port_80_answers_the_same_names_only(stack: Stack, known: list[str]) -> 
 
 def curl(stack: Stack, requests: list[str]) -> list[str]:
     """`STATUS VERSION` of each request: words for curl, which runs on nginx' host, with the login."""
-    host, address = stack.first("nginx"), stack.address(stack.group("nginx")[0])
+    host, address = stack.first("nginx"), spellings(stack.address(stack.group("nginx")[0]))[0]
     lines = [
         "curl --silent --insecure --max-time 10 --netrc-file /run/hothouse-test-netrc --output /dev/null "
-        f"--write-out '%{{http_code}} %{{http_version}}\\n' --connect-to ::{address}: {request}"
+        f"--write-out '%{{http_code}} %{{http_version}}\\n' --connect-to '::{address}:' {request}"
         for request in requests
     ]
     user, _, password = stack.login.partition(":")
