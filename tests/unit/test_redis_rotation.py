@@ -115,7 +115,7 @@ class Node:
             "ACCOUNT": getpass.getuser(),
         }
         values |= {"LOADED": folder / "run/loaded", "BEFORE": folder / "run/before"}
-        values["HEADER"] = [f"include {self.etc}/redis.conf"]
+        values["HEADER"] = ["# by this test", f"include {self.etc}/redis.conf"]
         for name, value in values.items():
             monkeypatch.setattr(self.script, name, value)
         self.settings = self.script.Settings(folder / "redis.json")
