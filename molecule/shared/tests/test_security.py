@@ -329,9 +329,9 @@ def test_a_task_reaches_neither_the_secrets_nor_the_processes_of_other_services(
     host, name = stack.first("worker"), stack.group("worker")[0]
     units = ("celery-beat.service", "celery-flower.service", "redis-server.service", "nginx.service")
     pids = {unit: int(show(stack, name, unit, "MainPID")["MainPID"]) for unit in units}
-    files = [*host.check_output("find /etc/hothouse/credentials -type f").split()]
+    files = host.check_output("find /etc/hothouse/credentials /var/lib/hothouse/flower -type f").split()
     files += [f"/run/credentials/{unit}/broker_url" for unit in units[:2]]
-    files += ["/var/lib/hothouse/flower/flower.db", "/etc/redis/users.acl", "/etc/nginx/hothouse.key"]
+    files += ["/etc/redis/users.acl", "/etc/nginx/hothouse.key"]
     files += [f"/proc/{pid}/environ" for pid in pids.values()]
     host.check_output(f"head --bytes 1 {' '.join(files)} >/dev/null")  # they are there
     send = f"h.app.send_task('tally.reach', {[files, list(pids.values())]!r}).get(timeout=30)"
