@@ -569,7 +569,9 @@ def smtp_fault(address: str) -> str | None:
         return "holds a password, which belongs into monitor_smtp_password"
     if (port or 465) != 465 if url.scheme == "smtps" else port == 465:
         return "does not fit: Alertmanager speaks TLS from the start on port 465, and there only"
-    if url.username and url.scheme == "smtp" and url.hostname not in ("localhost", "127.0.0.1", "::1"):
+    if ":" in url.hostname:
+        return "has an IPv6 address, to which Alertmanager does not connect; it needs a name that leads there"
+    if url.username and url.scheme == "smtp" and url.hostname not in ("localhost", "127.0.0.1"):
         return "names a user without TLS, which would send the password in the clear"
     return None
 

@@ -218,6 +218,7 @@ def prod(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
     settings |= {
         "app_source": str(BUNDLE / "molecule/own-app/project"),
         "app_smtp_url": "smtp+starttls://[2001:db8::25]:587",
+        "monitor_smtp_url": "smtp+starttls://mail.example.com:587",
         "nginx_alternative_names": ["2001:DB8::00a6", "192.0.2.6"],
         "prepare_ssh_addresses": ["192.0.2.0/24", "2001:DB8:1::/48"],
     }

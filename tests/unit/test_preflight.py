@@ -763,6 +763,7 @@ def test_a_login_that_is_weak_or_that_flower_would_misread_is_refused(
             "Alertmanager speaks TLS from the start on port 465, and there only",
         ),
         ({"monitor_smtp_url": "smtp://ops@mail.example.com"}, "names a user without TLS"),
+        ({"monitor_smtp_url": "smtp://[2001:db8::25]:1025"}, "has an IPv6 address"),
         ({"monitor_smtp_url": "smtps://ops:secret@mail.example.com"}, "holds a password"),
         ({"monitor_probe_url": "https://ops.example.com"}, "is no https:// address with a / at its end"),
         ({"nginx_overview": False}, "nginx_overview is off for `staging1`"),
