@@ -90,7 +90,7 @@ def test_the_id_of_a_campaign_finds_every_line_of_its_batches(
 def test_a_failing_task_is_one_line_with_its_whole_traceback_at_the_priority_of_an_error(
     stack: Stack, wait: Callable[..., Any]
 ) -> None:
-    code = "import hothouse_celery as h; print(h.app.send_task('campaigns.tasks.send_batch', ['nobody']).id)"
+    code = "import hothouse_celery as h; print(h.app.send_task('hothouse.ping', ['nobody']).id)"
     task = stack.first("app").check_output(f'hothouse-run python -c "{code}"')
     [line] = wait(lambda: everywhere(stack, "--priority=err", f"--grep={task}"), "the failure")
     assert (line["event"], line["level"], line["id"]) == ("failed", "error", task)
