@@ -49,25 +49,6 @@ def test_the_probes_reach_flower_with_the_login_and_are_refused_without_one(
     wait(lambda: list(query(stack, pages).values()) == [1, 1], "both probes", 90)
 
 
-def test_no_alert_fires_or_is_pending_while_nothing_is_wrong(stack: Stack, wait: Callable[..., Any]) -> None:
-    """Of late there is a time, longer than something has to be wrong, with no alert of either state.
-
-    Prometheus remembers it, so this waits only where there was none yet. It had to read itself all that time.
-    """
-    groups = stack.request("/prometheus/api/v1/rules?type=alert", stack.login).json()["data"]["groups"]
-    rules = [rule for group in groups for rule in group["rules"]]
-    assert len(rules) > 40 and {rule["health"] for rule in rules} == {"ok"}
-    patience, interval = max(rule["duration"] for rule in rules), max(group["interval"] for group in groups)
-    span = int(patience + 2 * interval)
-    awake = f'count_over_time(up{{job="prometheus"}}[{span}s]) >= {span // interval - 1}'
-    window = f"{min(2700, 20 * span)}s:{interval}s"
-    calm = f"max_over_time((absent_over_time(ALERTS[{span}s]) and on () ({awake}))[{window}])"
-    try:
-        wait(lambda: query(stack, calm), f"{span} s without an alert", 3 * span + 60)
-    except AssertionError as error:
-        raise AssertionError(f"{error}: {query(stack, 'ALERTS')}") from None
-
-
 def test_every_worker_of_the_inventory_is_seen(stack: Stack, wait: Callable[..., Any]) -> None:
     expected = {f"worker={worker}" for worker in stack.workers}
     assert set(query(stack, "max by (worker) (hothouse_expected_worker)")) == expected
@@ -187,3 +168,24 @@ def test_root_lists_and_silences_alerts(stack: Stack) -> None:
     assert silence in host.check_output("hothouse-amtool silence query --quiet")
     host.check_output(f"hothouse-amtool silence expire {silence}")
     assert silence not in host.check_output("hothouse-amtool silence query --quiet")
+
+
+def test_no_alert_fires_or_is_pending_while_nothing_is_wrong(stack: Stack, wait: Callable[..., Any]) -> None:
+    """Of late there is a time, longer than something has to be wrong, with no alert of either state.
+
+    Prometheus remembers it, so this waits only where there was none yet. It had to read itself all that time. Of one
+    alert a reboot of the primary is the cause, and it tells of it for longer.
+    """
+    groups = stack.request("/prometheus/api/v1/rules?type=alert", stack.login).json()["data"]["groups"]
+    rules = [rule for group in groups for rule in group["rules"]]
+    assert len(rules) > 40 and {rule["health"] for rule in rules} == {"ok"}
+    patience, interval = max(rule["duration"] for rule in rules), max(group["interval"] for group in groups)
+    span = int(patience + 2 * interval)
+    awake = f'count_over_time(up{{job="prometheus"}}[{span}s]) >= {span // interval - 1}'
+    window = f"{min(2700, 20 * span)}s:{interval}s"
+    wrong = 'ALERTS{alertname!="RedisFailedOver"}'
+    calm = f"max_over_time((absent_over_time({wrong}[{span}s]) and on () ({awake}))[{window}])"
+    try:
+        wait(lambda: query(stack, calm), f"{span} s without an alert", 3 * span + 60)
+    except AssertionError as error:
+        raise AssertionError(f"{error}: {query(stack, 'ALERTS')}") from None
