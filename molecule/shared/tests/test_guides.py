@@ -198,11 +198,13 @@ def filled(stack: Stack) -> Callable[[Line], str]:
         text = re.sub(r"\s+# .*$", "", line.text)
         named = {"dead-letters": letter, "campaigns cancel": going, "campaigns delete": old}
         identity = next((named[words] for words in named if words in text), over)
+        address = stack.address(stack.group("redis")[0])
         values = {
+            "ADDRESS:": f"[{address}]:" if ":" in address else f"{address}:",
             "ID…": identity,
             "ID": identity,
             "TASK_ID": identity,
-            "ADDRESS": stack.address(stack.group("redis")[0]),
+            "ADDRESS": address,
             "POOL": "default",
             "UNIT": "celery-beat",
             "KEY": "app:campaigns:ambiguous",
