@@ -189,3 +189,14 @@ def test_an_installation_that_fails_leaves_nothing(stack: Stack, small: Callable
         "./releases",
     ]
     assert host.check_output("find /root/.ansible/tmp -name 'hothouse-release-*'") == ""
+
+
+def test_what_a_user_adds_to_the_sandbox_holds_for_commands(stack: Stack) -> None:
+    host = stack.first("app")
+    own = "/etc/systemd/system/celery-.service.d/20-own.conf"
+    assert host.check_output("hothouse-run sh -c umask") == "0077"
+    host.check_output(f"printf '[Service]\\nUMask=0027\\n' >{own}")
+    try:
+        assert host.check_output("hothouse-run sh -c umask") == "0027"
+    finally:
+        host.check_output(f"rm {own}")
