@@ -532,10 +532,10 @@ def asked_name(url: str, names: list[str]) -> str:
     """
     host = urlsplit(url).hostname or ""
     try:
-        address = str(addresses.address_of(host))
+        addresses.address_of(host)
     except addresses.NoAddressError:
         return host
-    return host if {address, f"[{address}]"} & set(host_names(names)) else names[0]
+    return host if addresses.bracketed(host) in host_names(names) else names[0]
 
 
 def nginx_exactly(text: str) -> str:
