@@ -9,7 +9,9 @@ import json
 import random
 import re
 import ssl
+from collections.abc import Callable
 from shlex import quote
+from typing import Any
 
 import pytest
 from conftest import REPOSITORY, SCENARIO, Stack, exchange, place
@@ -55,17 +57,9 @@ def connections(stack: Stack, name: str) -> set[tuple[str, str, str, str]]:
 
 
 @both_families
-def test_hosts_speak_ipv6_among_each_other(stack: Stack) -> None:
+def test_hosts_speak_ipv6_among_each_other(stack: Stack, wait: Callable[..., Any]) -> None:
     """Replicas and Sentinels, HAProxy and Redis, Prometheus and what it reads, nginx and Flower."""
-    assert stack.request("/flower/", stack.login).status == 200
     names = {stack.address(name): name for name in stack.variables}
-    seen = set()
-    for name in stack.variables:
-        for mine, port, other, its_port in connections(stack, name):
-            if port == "22":  # how the tests come, from the machine
-                continue
-            assert mine == stack.address(name) and ":" in other, (name, mine, port, other, its_port)
-            seen.add((name, its_port, names.get(other)))
     redis = stack.group("redis")
     primary = stack.primary()
     replicas = [name for name in redis if name != primary]
@@ -75,7 +69,23 @@ def test_hosts_speak_ipv6_among_each_other(stack: Stack) -> None:
     wanted |= {(monitor, "9100", name) for name in stack.variables if name != monitor}
     wanted |= {(monitor, "9121", name) for name in redis}
     wanted |= {(nginx, "5555", flower)}
-    assert wanted <= seen, wanted - seen
+    seen = set()
+
+    def all_seen() -> bool:
+        """What was seen so far: a connection that a restart cut comes back with the next scrape or request."""
+        assert stack.request("/flower/", stack.login).status == 200
+        for name in stack.variables:
+            for mine, port, other, its_port in connections(stack, name):
+                if port == "22":  # how the tests come, from the machine
+                    continue
+                assert mine == stack.address(name) and ":" in other, (name, mine, port, other, its_port)
+                seen.add((name, its_port, names.get(other)))
+        return wanted <= seen
+
+    try:
+        wait(all_seen, "every connection")
+    except AssertionError as error:
+        raise AssertionError(f"{error}: {wanted - seen}") from None
 
 
 @both_families
