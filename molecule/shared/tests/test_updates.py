@@ -85,7 +85,8 @@ def test_an_upgrade_of_the_packages_loses_no_task(
             assert host.service(package.removesuffix("-common")).is_running, (name, package)
         if name in redis:
             assert stack.redis("PING", node=name) == "PONG"
-    assert stack.primary() != primary  # it handed over
+        if name == primary:  # it handed over, and may be handed over to when the next one is upgraded
+            assert stack.primary() != primary
     wait(
         lambda: all(
             "master_link_status:down" not in stack.redis("INFO", "replication", node=name) for name in redis
