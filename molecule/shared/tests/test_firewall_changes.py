@@ -78,7 +78,7 @@ def test_addresses_that_leave_this_run_out_are_refused_before_anything_changes(s
         "playbooks/prepare.yml", "-e", '{"prepare_ssh_addresses": ["192.0.2.0/24"]}', check=False
     )
     message = " ".join(done.stdout.split())
-    assert done.returncode != 0 and "would lock this run out of" in message, done.stdout[:2000]
+    assert done.returncode != 0 and "would lock this run out of" in message, done.stdout[-5000:]
     assert "prepare_ssh_addresses" in message and "they were not applied" in message
     assert all("changed=0" in line for line in done.stdout.splitlines() if " ok=" in line)
     assert {name: stack.host(name).check_output(LISTED) for name in stack.variables} == before

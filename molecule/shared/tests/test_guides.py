@@ -244,7 +244,7 @@ def run(host: Host, texts: list[str]) -> list[tuple[int, str]]:
         if text.startswith("systemctl stop"):  # the next command expects it to run
             script += "systemctl start nginx celery.target\n"
     # Alerts are heard again, and the copy of Redis is not needed.
-    script += "rm -rf /root/redis-copy\n"
+    script += "rm -rf /root/redis-2*\n"
     script += '! ids=$(hothouse-amtool silence query -q 2>&1) || [ -z "$ids" ] || hothouse-amtool silence expire $ids\n'
     done = host.run("echo %s | base64 --decode | bash", base64.b64encode(script.encode()).decode())
     answers = re.findall(r"^@@ (\d+) (\S*)$", done.stdout, re.MULTILINE)
